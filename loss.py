@@ -1,0 +1,115 @@
+"""Cross entropy written out from tensor operations (assignment 2, task 2 b)."""
+
+import torch
+from torch import nn
+
+
+class CrossEntropyLoss(nn.Module):
+    """Cross entropy between logits and targets: a drop-in for torch.nn.CrossEntropyLoss.
+
+    With p = softmax(logits) over the C classes, the loss of one sample is
+
+        targets are classes y             -w[y] log p[y]
+        targets are probabilities t       -sum_c w[c] t[c] log p[c]
+
+    Args:
+        weight: (C,) tensor w of class weights; None weighs every class 1.
+        ignore_index: samples of this class count for nothing (class targets only).
+        reduction: "none" keeps a loss for each sample; "sum" adds them up; "mean" also divides, by the summed weights
+            w[y] of the samples for class targets, by the number of samples for probabilities.
+        label_smoothing: a share in [0, 1] of each target that is spread evenly over all classes, so that the net is
+            not driven to be ever more certain (C. Szegedy et al., arXiv:1512.00567, section 7).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+        super().__init__()
+        if reduction not in ("none", "sum", "mean"):
+            raise ValueError(f'reduction must be "none", "sum" or "mean", got {reduction!r}')
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+        self.register_buffer("weight", weight)  # a buffer moves along with .to(device)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits, targets):
+        """The loss of logits (N, C), (N, C, d1, ...) or (C,), floating point.
+
+        Args:
+            targets: classes, integers in [0, C) or ignore_index, of the logits' shape without C; or probabilities,
+                floating point, of the logits' own shape.
+
+        Returns:
+            A scalar; with reduction "none" the logits' shape without C. Of the logits' dtype.
+
+        Raises:
+            ValueError: shapes or dtypes that do not go together.
+            IndexError: a class outside [0, C) that is not ignore_index.
+        """
+        if logits.ndim == 0 or not logits.is_floating_point():
+            raise ValueError(f"logits must be floating point (N, C, ...), got {logits.dtype} {tuple(logits.shape)}")
+        if logits.ndim == 1:  # a single sample is a batch of one
+            losses, divisor = self._losses(logits[None], targets[None])
+            losses = losses.squeeze(0)
+        else:
+            losses, divisor = self._losses(logits, targets)
+        if self.reduction == "sum":
+            losses = losses.sum()
+        elif self.reduction == "mean":
+            losses = losses.sum() / divisor
+        return losses.to(logits.dtype)
+
+    def _losses(self, logits, targets):
+        """The loss of each sample (N, d1, ...) and what the mean divides their sum by."""
+        classes = logits.shape[1]
+        weight, smoothing = self.weight, self.label_smoothing
+        if weight is not None and weight.shape != (classes,):
+            raise ValueError(f"weight must have shape ({classes},) for {classes} classes, got {tuple(weight.shape)}")
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()  # sums of half precision numbers overflow, or lose most of their digits
+        # log p = z - log sum exp z holds for logits z shifted by any constant. With the largest one shifted to 0, exp
+        # cannot overflow and log p keeps its digits however large the logits are.
+        shifted = logits - logits.detach().amax(dim=1, keepdim=True)
+        log_sum = torch.logsumexp(shifted, dim=1)
+
+        if targets.shape == logits.shape:
+            return self._probability_losses(shifted, log_sum, targets)
+        if targets.shape != log_sum.shape:
+            raise ValueError(
+                f"targets must be classes of shape {tuple(log_sum.shape)} or probabilities of shape "
+                f"{tuple(logits.shape)}, got {tuple(targets.shape)}"
+            )
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            raise ValueError(f"classes must be integers, got {targets.dtype}")
+
+        kept = targets != self.ignore_index
+        targets = torch.where(kept, targets, 0).long()  # any valid class will do where the loss is dropped
+        if targets.numel():
+            low, high = targets.aminmax()
+            if low < 0 or high >= classes:
+                raise IndexError(f"class {int(low if low < 0 else high)} is outside [0, {classes})")
+        of_class = kept.to(shifted.dtype) if weight is None else weight.to(shifted.dtype)[targets] * kept
+        losses = of_class * (log_sum - shifted.gather(1, targets[:, None]).squeeze(1))
+        if smoothing:
+            losses = (1 - smoothing) * losses + smoothing / classes * self._minus_log_p(shifted, log_sum) * kept
+        return losses, of_class.sum()
+
+    def _probability_losses(self, shifted, log_sum, targets):
+        if not targets.is_floating_point():
+            raise ValueError(f"probabilities must be floating point, got {targets.dtype}")
+        if self.ignore_index >= 0:
+            raise ValueError(f"ignore_index {self.ignore_index} goes with classes, got probabilities")
+        targets = targets.to(shifted.dtype)
+        if self.label_smoothing:
+            targets = targets * (1 - self.label_smoothing) + self.label_smoothing / shifted.shape[1]
+        return self._minus_log_p(shifted, log_sum, targets), log_sum.numel()
+
+    def _minus_log_p(self, shifted, log_sum, targets=1):
+        """-sum_c w[c] targets[c] log p[c] of each sample."""
+        terms = targets * (log_sum[:, None] - shifted)
+        if self.weight is not None:
+            terms = terms * self.weight.to(shifted.dtype).view(-1, *[1] * (shifted.ndim - 2))
+        return terms.sum(dim=1)
