@@ -1,0 +1,70 @@
+"""A small convolutional network for CIFAR-10, from basic torch.nn layers (assignment 2, task 2 a)."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def conv(inputs, outputs):
+    """A 3x3 convolution that keeps height and width. The batch norm behind it has a shift, so it needs no bias."""
+    return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+
+
+def group(inputs, outputs):
+    """(B, inputs, H, W) -> (B, outputs, H // 2, W // 2)
+
+    Pooling comes straight after the first convolution: batch norm, GELU and the second convolution then work on a
+    quarter of the pixels.
+    """
+    return nn.Sequential(
+        conv(inputs, outputs), nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.GELU(),
+        conv(outputs, outputs), nn.BatchNorm2d(outputs), nn.GELU(),
+    )  # fmt: skip
+
+
+class ConvNet(nn.Module):
+    """(B, 3, 32, 32) normalised images -> (B, 10) logits.
+
+    With the default widths (32, 64, 128) the shapes are
+
+        stem    2x2 convolution, GELU           (B,  24, 31, 31)
+        groups  the first                       (B,  32, 15, 15)
+                the second                      (B,  64,  7,  7)
+                the third                       (B, 128,  3,  3)
+        head    maximum over the pixels         (B, 128)
+                linear                          (B,  10)
+
+    Args:
+        widths: channels of each group; the convolutions of a group with C channels cost about C * C.
+        num_classes: number of logits.
+    """
+
+    def __init__(self, widths=(32, 64, 128), num_classes=10):
+        super().__init__()
+        channels = (24, *widths)
+        self.stem = nn.Conv2d(3, channels[0], kernel_size=2)
+        self.groups = nn.Sequential(*(group(*pair) for pair in zip(channels, widths, strict=False)))
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, images):
+        features = self.groups(F.gelu(self.stem(images)))
+        return self.head(features.amax(dim=(2, 3)))
+
+    @torch.no_grad()
+    def whiten(self, images, eps=5e-4):
+        """Set the stem to filters that decorrelate 2x2 patches of `images`, and freeze it.
+
+        Neighbouring pixels are nearly equal, so what a filter learns of one it must unlearn for the next; with the
+        patches rotated to their principal axes and scaled to equal variance, the net learns faster from the first
+        step on. There are 12 such filters; with their negatives, no half of their range is lost in the activation.
+
+        Args:
+            images: (N, 3, H, W) normalised images, a sample of the training set (a few thousand are plenty).
+            eps: added to the variances, so that axes that hold nearly nothing but noise are not blown up.
+        """
+        patches = F.unfold(images, kernel_size=2).transpose(1, 2).flatten(0, 1)  # (patches, 12)
+        variances, axes = torch.linalg.eigh(torch.cov(patches.T))
+        filters = (axes / (variances + eps).sqrt()).T.reshape(-1, 3, 2, 2)
+        self.stem.weight.copy_(torch.cat([filters, -filters]))
+        self.stem.bias.zero_()
+        self.stem.requires_grad_(False)

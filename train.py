@@ -1,0 +1,445 @@
+"""Train the CNN on CIFAR-10 and log its curves (assignment 2, task 2 b, c and e).
+
+    python train.py --lr 1e-3                 the baseline, at the learning rates of Figure 2: 1e-3, 1e-4, 1e-5
+    python train.py --lr 1e-3 --augment both  the same with data augmentation
+    python train.py --recipe best             the best accuracy
+
+Every run has a folder of its own under experiments/: TensorBoard events, metrics.csv, config.json and checkpoint.pt.
+experiments/curves.png shows the curves of all runs in one picture.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+import data
+from loss import CrossEntropyLoss
+from network import ConvNet
+
+# What a recipe is: defaults. The first row of each can be set by flags, which win.
+#
+#   whiten           start from a fixed first layer that decorrelates neighbouring pixels (network.ConvNet.whiten)
+#   muon             optimise the filters by Muon (below) and the rest by SGD, with a rate that falls linearly to 0:
+#                    large steps first, then ever smaller ones that settle. Without: Adam at a constant rate.
+#   label_smoothing  train towards targets that are not quite certain (loss.CrossEntropyLoss)
+#   tta              also report the accuracy with test-time augmentation (mirrored and shifted views, averaged)
+RECIPES = {
+    "baseline": {
+        "lr": 1e-3, "epochs": 5, "batch_size": 128, "augment": "none",
+        "widths": (32, 80, 160), "whiten": False, "muon": False, "label_smoothing": 0.0, "tta": False,
+    },
+    "quick": {
+        "lr": 0.25, "epochs": 0.8, "batch_size": 250, "augment": "position",
+        "widths": (32, 64, 64), "whiten": True, "muon": True, "label_smoothing": 0.2, "tta": False,
+    },
+    "best": {
+        "lr": 0.2, "epochs": 6, "batch_size": 500, "augment": "position",
+        "widths": (64, 128, 256), "whiten": True, "muon": True, "label_smoothing": 0.2, "tta": True,
+    },
+}  # fmt: skip
+COLUMNS = ("epoch", "step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message says why and what to ask for instead."""
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number of `kind` in [low, high], or above 0 where low is None."""
+
+    def parse(text):
+        value = kind(text)  # argparse reports what is not a number
+        if not math.isfinite(value) or value > high or (value <= 0 if low is None else value < low):
+            bound = "above 0" if low is None else f"from {low}" + (f" to {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bound}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+def parser():
+    def recipes(setting):
+        values = ", ".join(f"{recipe} {values[setting]}" for recipe, values in RECIPES.items())
+        return f"(default: by recipe, {values})"
+
+    parser = argparse.ArgumentParser(usage="python train.py [options]", description="Train a CNN on CIFAR-10.")
+    add = parser.add_argument
+    add("--recipe", choices=RECIPES, help="set of defaults; flags given beside it win (default: baseline)")
+    add("--lr", type=number(float, None), help=f"learning rate {recipes('lr')}")
+    add("--epochs", type=number(float, None), metavar="N", help=f"passes over the training set, may be a fraction {recipes('epochs')}")
+    add("--batch-size", type=number(int, 2, 50_000), metavar="N", help=f"images in a step {recipes('batch_size')}")
+    add("--augment", choices=data.AUGMENTATIONS, help=f"position: flips and shifts, color: brightness, contrast, saturation, hue {recipes('augment')}")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="of all that is drawn by chance (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="auto takes a GPU where there is one (default: auto)")
+    add("--data", default="datasets", metavar="DIR", help="where CIFAR-10 is, or is put (default: %(default)s)")
+    add("--experiments", default="experiments", metavar="DIR", help="where the runs' folders are (default: %(default)s)")
+    add("--name", help="the run's folder (default: made of recipe, rate, augmentation and seed)")
+    add("--resume", action="store_true", help="go on with the newest run of that name, from its last checkpoint")
+    return parser
+
+
+def settings_of(args):
+    """What defines the run: the recipe's values, those given on the command line, and where and how to compute."""
+    recipe = args.recipe or "baseline"
+    settings = {"recipe": recipe, **RECIPES[recipe], "seed": 0, "device": "auto"}
+    settings |= {key: value for key, value in vars(args).items() if key in settings and value is not None}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if settings["device"] == "auto":
+        settings["device"] = next(device for device, there in available.items() if there)
+    elif not available[settings["device"]]:
+        raise UsageError(f"--device {settings['device']} is not there: PyTorch sees {', '.join(d for d in available if available[d])}")
+    settings["precision"] = fastest_precision(settings["device"])
+    return settings
+
+
+def fastest_precision(device):
+    """ "bf16" where matrix products in it are faster than in fp32, else "fp32".
+
+    Half as many bytes can mean twice the speed, but only with the right instructions: on a CPU without them, and on
+    some that have them, bf16 is the slower one. So both are timed; it takes a few hundredths of a second.
+    """
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device == "mps":
+        return "fp32"
+    seconds = {}
+    for _ in range(5):
+        for dtype in (torch.float32, torch.bfloat16):
+            a = torch.ones(512, 512, dtype=dtype)
+            start = time.perf_counter()
+            a @ a
+            seconds[dtype] = min(time.perf_counter() - start, seconds.get(dtype, math.inf))
+    return "bf16" if seconds[torch.bfloat16] < 0.75 * seconds[torch.float32] else "fp32"
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+class Muon(torch.optim.Optimizer):
+    """Gradient descent with momentum whose step is made orthogonal: every direction of a filter bank moves as far.
+
+    A gradient is mostly a few strong directions. Replacing its singular values by ones lets the weak ones learn too,
+    which takes far fewer steps than SGD or Adam. (K. Jordan et al., "Muon: an optimizer for hidden layers in neural
+    networks", 2024.) The filters themselves are kept at a fixed norm: batch norm undoes their scale anyway, and so
+    one rate suits all layers.
+    """
+
+    def __init__(self, filters, lr, momentum=0.6):
+        super().__init__(filters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for filters in group["params"]:
+                velocity = self.state[filters].setdefault("velocity", torch.zeros_like(filters))
+                velocity.mul_(group["momentum"]).add_(filters.grad)
+                direction = filters.grad + group["momentum"] * velocity  # Nesterov: look one step ahead
+                filters.mul_(len(filters) ** 0.5 / filters.norm())
+                filters.sub_(group["lr"] * orthogonalize(direction.flatten(1)).view_as(filters))
+
+
+def orthogonalize(matrix, steps=3):
+    """Roughly U V^T of the singular value decomposition U S V^T of a matrix, by Newton-Schulz iteration.
+
+    Each step applies an odd polynomial to the singular values that pushes those in (0, 1] towards 1. It needs nothing
+    but matrix products, which an SVD cannot compete with; the polynomial is that of Muon's authors.
+    """
+    x = matrix / (matrix.norm() + 1e-7)
+    if wide := x.shape[0] > x.shape[1]:
+        x = x.T
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if wide else x
+
+
+def build(settings, train_images):
+    """The network and its optimizers, as the settings say, on the device of `train_images`."""
+    torch.manual_seed(settings["seed"])
+    # Channels last: the CPU's convolutions are 1.1 to 2 times as fast with an image's channels next to each other.
+    model = ConvNet(settings["widths"]).to(train_images.device, memory_format=torch.channels_last)
+    if settings["whiten"]:
+        model.whiten(data.normalize(data.to_float(train_images[:5000])))
+    if not settings["muon"]:
+        return model, [torch.optim.Adam(model.parameters(), lr=settings["lr"])]
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    filters = [parameter for parameter in learned if parameter.ndim == 4]
+    rest = [parameter for parameter in learned if parameter.ndim < 4]
+    sgd = torch.optim.SGD(rest, lr=settings["lr"] / 10, momentum=0.85, nesterov=True)
+    return model, [Muon(filters, lr=settings["lr"]), sgd]
+
+
+def train_step(model, optimizers, criterion, images, labels, precision):
+    """One step of gradient descent. Returns the logits (B, 10), and the loss that was minimised as a float."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(images)
+    logits = logits.float()
+    loss = criterion(logits, labels)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return logits.detach(), loss.item()
+
+
+def views(images):
+    """The views of test-time augmentation and their weights: as is and shifted by a pixel both ways, each mirrored."""
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
+    height, width = images.shape[2:]
+    for view, weight in ((images, 0.5), (padded[..., :height, :width], 0.25), (padded[..., 2:, 2:], 0.25)):
+        yield view, weight / 2
+        yield view.flip(3), weight / 2
+
+
+@torch.no_grad()
+def evaluate(model, images, labels, precision, tta=False):
+    """Loss, accuracy and, with `tta`, accuracy with test-time augmentation (else None), in evaluation mode."""
+    model.eval()
+    loss = correct = correct_tta = 0
+    for some, targets in zip(images.split(1000), labels.split(1000), strict=True):
+        inputs = data.normalize(data.to_float(some))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(inputs).float()
+            if tta:
+                averaged = sum(weight * model(view).float().softmax(1) for view, weight in views(inputs))
+                correct_tta += (averaged.argmax(1) == targets).sum().item()
+        loss += CrossEntropyLoss(reduction="sum")(logits, targets).item()
+        correct += (logits.argmax(1) == targets).sum().item()
+    model.train()
+    return loss / len(images), correct / len(images), correct_tta / len(images) if tta else None
+
+
+# --------------------------------------------------------------------------------------------------- files of a run
+
+
+def write(path, save):
+    """Write a file by `save(open file)` so that `path` is at any moment the old file whole or the new one whole."""
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "wb") as file:
+        save(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_metrics(path, rows):
+    columns = list(dict.fromkeys(itertools.chain(COLUMNS, *rows)))
+    lines = [columns] + [[row.get(column, "") for column in columns] for row in rows]
+    write(path, lambda file: file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode()))
+
+
+def log(writer, row):
+    """One row of the metrics to TensorBoard, under tags that lay all runs over each other in the same charts."""
+    for metric, part in itertools.product(("loss", "accuracy"), ("train", "val")):
+        writer.add_scalar(f"{metric}/{part}", row[f"{part}_{metric}"], row["step"])
+
+
+def environment():
+    """What, beside the settings, it takes to run the same again."""
+    import numpy
+    import torchvision
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    modules = (torch, torchvision, numpy)
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "git_commit": git.stdout.strip() or None,
+        "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules},
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def draw_curves(experiments):
+    """Draw loss and accuracy of every run under `experiments`, in curves.png there (Figure 2)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = dict(zip(("loss", "accuracy"), figure.subplots(1, 2), strict=True))
+    # Colors that the color-blind tell apart: M. Okabe and K. Ito, "Color Universal Design", 2008
+    colors = itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"))
+    for path, color in zip(sorted(experiments.glob("*/metrics.csv")), colors, strict=False):
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        for metric, panel in panels.items():
+            for part, style in (("train", "o--"), ("val", "o-")):
+                points = [(float(row["epoch"]), float(row[f"{part}_{metric}"])) for row in rows]
+                label = f"{path.parent.name}, {part}"
+                panel.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=3.5)
+    for metric, panel in panels.items():
+        panel.set(xlabel="epoch", ylabel=metric, title=f"{metric}: training dashed, validation solid")
+        panel.grid(alpha=0.3)
+    panels["loss"].set_ylim(bottom=0)
+    handles, labels = panels["loss"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    write(experiments / "curves.png", lambda file: figure.savefig(file, format="png", dpi=150))
+
+
+def folders(args, settings):
+    """The folders that a run of this name may have: NAME and, unless it was given, NAME-2, NAME-3, ..."""
+    name = args.name or "{recipe}-lr{lr:g}-{augment}-seed{seed}".format(**settings)
+    if name in (".", "..") or Path(name).name != name or "\\" in name:
+        raise UsageError(f"--name {name!r} must be the name of one folder, without slashes")
+    yield Path(args.experiments, name)
+    for count in itertools.count(2) if not args.name else ():
+        yield Path(args.experiments, f"{name}-{count}")
+
+
+def open_run(args, settings):
+    """A new folder for the run, or with --resume the newest one and its checkpoint. Returns both."""
+    if args.resume:
+        taken = list(itertools.takewhile(Path.exists, folders(args, settings)))
+        if not taken or not (taken[-1] / "checkpoint.pt").exists():
+            folder = taken[-1] if taken else next(folders(args, settings))
+            raise UsageError(f"nothing to resume: there is no {folder / 'checkpoint.pt'}")
+        return taken[-1], load_checkpoint(taken[-1] / "checkpoint.pt", args)
+    for folder in folders(args, settings):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder, None
+    raise UsageError(f"{folder} is there already: choose another --name, or go on with that run by --resume")
+
+
+def load_checkpoint(path, args):
+    """The checkpoint of a run to resume, once it is clear that it is one and that `args` does not contradict it."""
+    try:
+        checkpoint = torch.load(path, weights_only=True)
+        stored = checkpoint["settings"]
+    except Exception as problem:  # torch.load has no error of its own for what it cannot read
+        raise UsageError(f"{path} is no checkpoint of train.py ({str(problem).splitlines()[0]})") from None
+    for key in stored.keys() & {key for key, value in vars(args).items() if value not in (None, "auto")}:
+        if stored[key] != getattr(args, key):
+            flag = "--" + key.replace("_", "-")
+            raise UsageError(f"{path.parent} was started with {flag} {stored[key]}: leave {flag} out to resume it")
+    return checkpoint
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def run(args):
+    settings = settings_of(args)
+    if args.name and not args.resume and next(folders(args, settings)).exists():
+        open_run(args, settings)  # says that the name is in use, before any data is fetched
+    train_set, val_set = (
+        [tensor.to(settings["device"]) for tensor in tensors] for tensors in data.load_cifar10(args.data)
+    )
+    folder, checkpoint = open_run(args, settings)
+    settings = checkpoint["settings"] if checkpoint else settings
+    precision = settings["precision"]
+    device = f"{settings['device']}, {torch.get_num_threads()} threads, {precision}, channels_last"
+    print(f"run {folder} on {device}", flush=True)
+
+    start = time.perf_counter()
+    model, optimizers = build(settings, train_set[0])
+    criterion = CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
+    report = CrossEntropyLoss(reduction="sum")  # logged without smoothing: comparable between all runs
+    generator = torch.Generator().manual_seed(settings["seed"])
+    loader = data.Loader(*train_set, settings["batch_size"], settings["augment"], generator)
+    steps = max(1, round(settings["epochs"] * len(loader)))
+    train_seconds = time.perf_counter() - start
+    step, rows = 0, []
+
+    def save():
+        state = {
+            "settings": settings, "step": step, "rows": rows, "train_seconds": train_seconds,
+            "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "generator": generator.get_state(),
+        }  # fmt: skip
+        write(folder / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    if checkpoint:
+        step, rows, train_seconds = checkpoint["step"], checkpoint["rows"], checkpoint["train_seconds"]
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        generator.set_state(checkpoint["generator"])
+        for events in folder.glob("events.out.tfevents.*"):
+            events.unlink()  # they may hold points from after the checkpoint; its own are logged again below
+    else:
+        config = json.dumps({**settings, **environment()}, indent=2)
+        write(folder / "config.json", lambda file: file.write(config.encode()))
+        save()  # so that there is something to resume from the first step on
+    write_metrics(folder / "metrics.csv", rows)
+    writer = SummaryWriter(str(folder))
+    for row in rows:
+        log(writer, row)
+
+    while step < steps:
+        start = time.perf_counter()
+        seen = loss_sum = correct = 0
+        batches = itertools.islice(loader, steps - step)
+        for images, labels in tqdm(batches, total=min(len(loader), steps - step), leave=False, disable=None):
+            if settings["muon"]:
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - step / steps)
+            logits, loss = train_step(model, optimizers, criterion, images, labels, precision)
+            step += 1
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {step}: try a --lr below {settings['lr']:g}")
+            seen += len(labels)
+            loss_sum += report(logits, labels).item()
+            correct += (logits.argmax(1) == labels).sum().item()
+        train_seconds += time.perf_counter() - start
+
+        done = step == steps
+        val_loss, val_accuracy, val_accuracy_tta = evaluate(model, *val_set, precision, tta=settings["tta"] and done)
+        values = (step / len(loader), step, train_seconds, loss_sum / seen, correct / seen, val_loss, val_accuracy)
+        row = dict(zip(COLUMNS, values, strict=True))
+        if settings["tta"]:
+            row["val_accuracy_tta"] = val_accuracy_tta if done else ""
+        rows.append(row)
+        save()
+        write_metrics(folder / "metrics.csv", rows)
+        log(writer, row)
+        print(
+            f"epoch {row['epoch']:.4g} of {steps / len(loader):.4g}: "
+            f"training loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}, "
+            f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}"
+            + (f", with test-time augmentation {val_accuracy_tta:.2%}" if val_accuracy_tta else "")
+            + f", {train_seconds:.1f} s",
+            flush=True,
+        )
+    writer.close()
+    draw_curves(folder.parent)
+    print(f"finished: {folder}{os.sep}metrics.csv, curves of all runs in {folder.parent / 'curves.png'}")
+
+
+def main():
+    options = parser()
+    args = options.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to stop, politely: like Ctrl-C
+    try:
+        run(args)
+    except UsageError as problem:
+        options.exit(2, f"train.py: {problem}\n")
+    except (data.DataError, FloatingPointError, OSError) as problem:
+        options.exit(1, f"train.py: {problem}\n")
+    except KeyboardInterrupt:
+        options.exit(130, "\nstopped; the same command with --resume goes on from the last finished epoch\n")
+
+
+if __name__ == "__main__":
+    main()
