@@ -296,11 +296,12 @@ def draw_curves(experiments):
 
 def folders(args, settings):
     """The folders that a run of this name may have: NAME and, unless it was given, NAME-2, NAME-3, ..."""
-    name = args.name or "{recipe}-lr{lr:g}-{augment}-seed{seed}".format(**settings)
-    if name in (".", "..") or Path(name).name != name or "\\" in name:
+    given = args.name is not None
+    name = args.name if given else "{recipe}-lr{lr:g}-{augment}-seed{seed}".format(**settings)
+    if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
         raise UsageError(f"--name {name!r} must be the name of one folder, without slashes")
     yield Path(args.experiments, name)
-    for count in itertools.count(2) if not args.name else ():
+    for count in () if given else itertools.count(2):
         yield Path(args.experiments, f"{name}-{count}")
 
 
@@ -327,7 +328,7 @@ def load_checkpoint(path, args):
         checkpoint = torch.load(path, weights_only=True)
         stored = checkpoint["settings"]
     except Exception as problem:  # torch.load has no error of its own for what it cannot read
-        raise UsageError(f"{path} is no checkpoint of train.py ({str(problem).splitlines()[0]})") from None
+        raise UsageError(f"{path} is no checkpoint of train.py ({type(problem).__name__})") from None
     for key in stored.keys() & {key for key, value in vars(args).items() if value not in (None, "auto")}:
         if stored[key] != getattr(args, key):
             flag = "--" + key.replace("_", "-")
@@ -340,7 +341,7 @@ def load_checkpoint(path, args):
 
 def run(args):
     settings = settings_of(args)
-    if args.name and not args.resume and next(folders(args, settings)).exists():
+    if args.name is not None and not args.resume and next(folders(args, settings)).exists():
         open_run(args, settings)  # says that the name is in use, before any data is fetched
     train_set, val_set = (
         [tensor.to(settings["device"]) for tensor in tensors] for tensors in data.load_cifar10(args.data)

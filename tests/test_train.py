@@ -1,0 +1,420 @@
+"""Training: files, curves, resuming and errors, on a tiny data set; and, where it is there, on the real one."""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train
+from loss import CrossEntropyLoss
+
+SCRIPT = Path(train.__file__)
+torch.set_num_threads(1)  # here and in other processes: sums come out the same only in the same order
+# 60 random images in place of CIFAR-10, and a net to match
+TINY = """
+import torch, data, train
+def load(root):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (60,), generator=generator)
+    return (images[:40], labels[:40]), (images[40:], labels[40:])
+data.load_cifar10 = load
+for recipe in train.RECIPES.values():
+    recipe["widths"] = (8, 8, 8)
+torch.set_num_threads(1)
+"""
+
+
+def tiny(cwd, *flags):
+    """Run train.py with `flags` on the tiny set, in the folder `cwd`; its exit code and what it printed."""
+    out, err, here = io.StringIO(), io.StringIO(), Path.cwd()
+    argv = ["train.py", "--batch-size", "16", *map(str, flags)]
+    recipes = {name: {**recipe} for name, recipe in train.RECIPES.items()}
+    with (
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(data, "load_cifar10"),
+        mock.patch.object(train, "RECIPES", recipes),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        exec(TINY)
+        os.chdir(cwd)
+        try:
+            train.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            os.chdir(here)
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+def tiny_process(cwd, *flags, code):
+    """The same as a process of its own, after running `code` in it."""
+    command = [sys.executable, "-c", TINY + code + "\ntrain.main()", "--batch-size", "16", *map(str, flags)]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def results(folder):
+    """What two equal runs must agree in, bit for bit: the metrics but for the seconds, and all that is saved."""
+    metrics = [{key: value for key, value in row.items() if key != "train_seconds"} for row in rows(folder)]
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    optimizers = [tensor for optimizer in checkpoint["optimizers"] for tensor in tensors(optimizer["state"])]
+    return metrics, [*checkpoint["model"].values(), *optimizers, checkpoint["generator"]]
+
+
+def tensors(state):
+    return [value for slot in state.values() for value in slot.values() if torch.is_tensor(value)]
+
+
+def agree(one, other):
+    (metrics, saved), (other_metrics, other_saved) = results(one), results(other)
+    return metrics == other_metrics and all(map(torch.equal, saved, other_saved)) and len(saved) == len(other_saved)
+
+
+def scalars(folder):
+    """[(tag, step, value)] of a run, read by TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return sorted((tag, e.step, e.value) for tag in events.Tags()["scalars"] for e in events.Scalars(tag))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run of three epochs."""
+    cwd = tmp_path_factory.mktemp("finished")
+    outcome = tiny(cwd, "--lr", "1e-3", "--epochs", 3)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stderr == ""  # no warning either
+    return cwd / "experiments" / "baseline-lr0.001-none-seed0"
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_a_tiny_set_is_learnt_to_zero_error(recipe):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (30, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(30) % 10
+    settings = {**train.RECIPES[recipe], "seed": 0, "widths": (16, 16, 16), "lr": train.RECIPES[recipe]["lr"] / 2}
+    model, optimizers = train.build(settings, images)
+    inputs = data.normalize(data.to_float(images))
+    for _ in range(100):
+        train.train_step(model, optimizers, CrossEntropyLoss(), inputs, labels, "fp32")
+    assert train.evaluate(model, images, labels, "fp32")[1] == 1
+
+
+def test_evaluate_is_the_mean_over_all_images_in_evaluation_mode():
+    settings = {**train.RECIPES["baseline"], "seed": 0, "widths": (4, 4, 4)}
+    images = torch.randint(256, (1003, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(10, (1003,))
+    model, _ = train.build(settings, images)
+    loss, accuracy, accuracy_tta = train.evaluate(model, images, labels, "fp32", tta=True)
+    with torch.no_grad():
+        logits = model.eval()(data.normalize(data.to_float(images)))
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert accuracy == (logits.argmax(1) == labels).double().mean().item()
+    assert 0 <= accuracy_tta <= 1
+
+
+def test_views_are_mirrored_and_shifted_by_a_pixel_and_weigh_one():
+    image = torch.rand(1, 3, 32, 32)
+    views = list(train.views(image))
+    assert sum(weight for _, weight in views) == 1
+    assert torch.equal(views[0][0], image)
+    for index, step in ((2, (slice(1, 32), slice(0, 31))), (4, (slice(0, 31), slice(1, 32)))):
+        inside, seen = step
+        assert torch.equal(views[index][0][..., inside, inside], image[..., seen, seen])
+    for plain, mirrored in zip(views[::2], views[1::2], strict=True):
+        assert torch.equal(plain[0].flip(3), mirrored[0])
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 30), (30, 5)])
+def test_orthogonalize_keeps_singular_vectors_and_evens_out_singular_values(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    core = u.T @ train.orthogonalize(matrix, steps=5) @ vh.T
+    values = core.diagonal()
+    assert (core - torch.diag(values)).abs().max() < 1e-9
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+
+
+def test_muon_steps_along_the_orthogonalized_nesterov_gradient_at_a_fixed_norm():
+    filters = torch.randn(4, 3, 3, 3, requires_grad=True)
+    optimizer = train.Muon([filters], lr=0.1, momentum=0.5)
+    velocity = torch.zeros(4, 27)
+    for _ in range(3):
+        expected = filters.detach().flatten(1) * 2 / filters.detach().norm()
+        filters.grad = torch.randn(4, 3, 3, 3)
+        gradient = filters.grad.flatten(1)
+        velocity = 0.5 * velocity + gradient
+        expected -= 0.1 * train.orthogonalize(gradient + 0.5 * velocity)
+        optimizer.step()
+        torch.testing.assert_close(filters.detach().flatten(1), expected)
+
+
+def test_learning_rate_falls_linearly_and_epochs_may_be_a_fraction(tmp_path):
+    outcome = tiny(tmp_path, "--recipe", "quick", "--epochs", 1.5, "--name", "run")
+    assert outcome.returncode == 0, outcome.stderr
+    checkpoint = torch.load(tmp_path / "experiments/run/checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == round(1.5 * 3)  # 40 images in batches of 16: 3 steps
+    muon, sgd = (optimizer["param_groups"][0] for optimizer in checkpoint["optimizers"])
+    assert muon["lr"] == pytest.approx(train.RECIPES["quick"]["lr"] / checkpoint["step"])  # one step before 0
+    assert sgd["lr"] / sgd["initial_lr"] == pytest.approx(1 / checkpoint["step"])
+    assert [float(row["epoch"]) for row in rows(tmp_path / "experiments/run")] == [1, 4 / 3]
+
+
+# ------------------------------------------------------------------------------------------------- files and curves
+
+
+def test_metrics_csv(finished):
+    table = rows(finished)
+    assert list(table[0]) == list(train.COLUMNS)
+    assert [row["step"] for row in table] == ["3", "6", "9"]
+    for row in table:
+        assert all(math.isfinite(float(value)) for value in row.values())
+        assert all(0 <= float(row[f"{part}_accuracy"]) <= 1 for part in ("train", "val"))
+    assert float(table[0]["train_seconds"]) < float(table[-1]["train_seconds"])
+
+
+def test_training_accuracy_in_metrics_counts_the_images(finished):
+    # 40 training images and 20 to validate on: every accuracy is a whole number of them
+    for row in rows(finished):
+        assert float(row["train_accuracy"]) * 40 == pytest.approx(round(float(row["train_accuracy"]) * 40))
+        assert float(row["val_accuracy"]) * 20 == pytest.approx(round(float(row["val_accuracy"]) * 20))
+
+
+def test_only_the_last_row_has_an_accuracy_with_test_time_augmentation(tmp_path):
+    assert tiny(tmp_path, "--recipe", "best", "--epochs", 2, "--name", "run").returncode == 0
+    first, last = rows(tmp_path / "experiments/run")
+    assert first["val_accuracy_tta"] == ""
+    assert 0 <= float(last["val_accuracy_tta"]) <= 1
+
+
+def test_config_says_enough_to_run_it_again(finished):
+    config = json.loads((finished / "config.json").read_text())
+    expected = {"recipe": "baseline", "lr": 1e-3, "epochs": 3, "batch_size": 16, "augment": "none", "seed": 0}
+    assert expected.items() <= config.items()
+    assert config["versions"]["torch"] == torch.__version__
+    assert "--lr 1e-3" in config["command"]
+    assert config["precision"] in ("fp32", "bf16")
+
+
+def test_the_events_hold_the_metrics(finished):
+    expected = [
+        (f"{metric}/{part}", int(row["step"]), pytest.approx(float(row[f"{part}_{metric}"])))
+        for metric in ("accuracy", "loss")
+        for part in ("train", "val")
+        for row in rows(finished)
+    ]
+    assert scalars(finished) == expected
+
+
+def test_tensorboard_serves_the_runs_and_their_tags(finished):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", finished.parent, "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            for line in server.stderr:  # it says when it is ready
+                if "Press CTRL+C" in line:
+                    break
+            url = f"http://127.0.0.1:{port}/data/plugin/scalars/"
+            tags = json.load(urllib.request.urlopen(url + "tags", timeout=30))
+            assert set(tags[finished.name]) == {"loss/train", "loss/val", "accuracy/train", "accuracy/val"}
+            query = f"scalars?run={finished.name}&tag=loss/val"
+            points = json.load(urllib.request.urlopen(url + query, timeout=30))
+            assert [step for _, step, _ in points] == [3, 6, 9]
+        finally:
+            server.kill()
+
+
+def test_curves_show_every_run(finished, tmp_path):
+    with Image.open(finished.parent / "curves.png") as picture:
+        assert min(picture.size) > 400
+        before = picture.tobytes()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text((finished / "metrics.csv").read_text())
+    train.draw_curves(tmp_path)
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.tobytes() != before
+
+
+def test_the_same_run_once_more_gets_a_folder_of_its_own_and_the_same_numbers(finished):
+    kept = (finished / "metrics.csv").read_bytes()
+    assert tiny(finished.parent.parent, "--lr", "1e-3", "--epochs", 3).returncode == 0
+    again = finished.with_name(finished.name + "-2")
+    assert (finished / "metrics.csv").read_bytes() == kept
+    assert agree(finished, again)
+
+
+def test_another_seed_gives_other_numbers(finished, tmp_path):
+    assert tiny(tmp_path, "--lr", "1e-3", "--epochs", 3, "--seed", 1, "--name", "run").returncode == 0
+    assert not agree(finished, tmp_path / "experiments/run")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    train.write(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"new, but only half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        train.write(path, fail)
+    assert path.read_bytes() == b"old"
+
+
+# ----------------------------------------------------------------------------------------------- stopping, resuming
+
+KILLED = """
+import os, signal
+write = train.write
+def write_and_die(path, save):  # in the second epoch, after it has been trained, while its checkpoint is written
+    if path.name == "checkpoint.pt" and os.path.exists(path.parent / "second"):
+        path.with_name("checkpoint.pt.part").write_bytes(b"half of a checkpoint")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, save)
+    if path.name == "metrics.csv" and path.read_text().count("\\n") == 2:
+        (path.parent / "second").touch()
+train.write = write_and_die
+"""
+
+
+@pytest.mark.parametrize("recipe", ["baseline", "quick"])
+def test_a_killed_run_resumes_to_the_very_same_end(tmp_path, recipe):
+    flags = ("--recipe", recipe, "--augment", "both", "--epochs", 3)
+    assert tiny(tmp_path, *flags, "--name", "whole").returncode == 0
+    killed = tiny_process(tmp_path, *flags, "--name", "killed", code=KILLED)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = tiny(tmp_path, "--name", "killed", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    whole, folder = tmp_path / "experiments/whole", tmp_path / "experiments/killed"
+    assert agree(whole, folder)
+    assert scalars(whole) == scalars(folder)  # no point twice, none missing
+
+
+def test_ctrl_c_and_sigterm_say_how_to_go_on(tmp_path):
+    for number, name in ((signal.SIGINT, "int"), (signal.SIGTERM, "term")):
+        code = f"import os\ntrain.evaluate = lambda *a, **k: os.kill(os.getpid(), {int(number)})"
+        outcome = tiny_process(tmp_path, "--name", name, code=code)
+        assert outcome.returncode == 130
+        assert "--resume" in outcome.stderr
+        assert "Traceback" not in outcome.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def complaint(outcome, code):
+    assert outcome.returncode == code, outcome
+    assert "Traceback" not in outcome.stderr
+    return outcome.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--lr", "0"), "--lr"),
+        (("--lr", "nan"), "--lr"),
+        (("--lr", "much"), "--lr"),
+        (("--epochs", "-1"), "--epochs"),
+        (("--epochs", "inf"), "--epochs"),
+        (("--batch-size", "1"), "--batch-size"),
+        (("--batch-size", "2.5"), "--batch-size"),
+        (("--seed", "-1"), "--seed"),
+        (("--augment", "sideways"), "--augment"),
+        (("--recipe", "cake"), "--recipe"),
+        (("--device", "abacus"), "--device"),
+        (("--name", "../elsewhere"), "--name"),
+        (("--name", ""), "--name"),
+        (("--resume",), "nothing to resume"),
+        (("--colour",), "--colour"),
+    ],
+)
+def test_misuse_gets_one_line_that_names_it(tmp_path, flags, says):
+    outcome = tiny(tmp_path, *flags)
+    assert says in complaint(outcome, 2)
+    assert len(outcome.stderr.strip().splitlines()) <= 2  # argparse's line of usage comes first
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(tmp_path):
+    assert "cuda" in complaint(tiny(tmp_path, "--device", "cuda"), 2)
+
+
+def test_a_name_in_use_is_not_overwritten(finished):
+    line = complaint(tiny(finished.parent.parent, "--name", finished.name), 2)
+    assert finished.name in line and "--name" in line
+
+
+def test_resuming_with_other_settings_or_a_broken_checkpoint_is_refused(finished, tmp_path):
+    contradicting = tiny(finished.parent.parent, "--name", finished.name, "--resume", "--lr", "0.5")
+    assert "--lr" in complaint(contradicting, 2)
+    (tmp_path / "experiments/broken").mkdir(parents=True)
+    whole = (finished / "checkpoint.pt").read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        (tmp_path / "experiments/broken/checkpoint.pt").write_bytes(broken)
+        assert "checkpoint.pt" in complaint(tiny(tmp_path, "--name", "broken", "--resume"), 2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
+    outcome = tiny(tmp_path, "--lr", "1e30", "--name", "run")
+    line = complaint(outcome, 1)
+    assert re.search(r"loss is (nan|inf) at step \d+", line) and "--lr" in line
+    assert torch.load(tmp_path / "experiments/run/checkpoint.pt", weights_only=True)["step"] == 0
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in complaint(tiny(tmp_path, "--experiments", "file"), 1)
+
+
+def test_help_explains_every_flag_with_its_default(tmp_path):
+    text = tiny(tmp_path, "--help").stdout
+    flags = re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)
+    assert set(flags) == {
+        "--recipe", "--lr", "--epochs", "--batch-size", "--augment", "--seed", "--device", "--data", "--experiments",
+        "--name", "--resume",
+    }  # fmt: skip
+    assert text.count("(default:") == len(flags) - 1  # --resume is off unless it is given
+
+
+# --------------------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.real_data
+def test_some_seconds_on_the_real_cifar10_give_more_than_60_percent(tmp_path):
+    command = [sys.executable, SCRIPT, "--recipe", "quick", "--epochs", "0.3", "--data", SCRIPT.parent / "datasets"]
+    outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    (row,) = rows(next(tmp_path.glob("experiments/*/")))
+    assert float(row["val_accuracy"]) > 0.6
