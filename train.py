@@ -76,23 +76,36 @@ def number(kind, low, high=math.inf):
 
 
 def parser():
-    def recipes(setting):
+    def by_recipe(setting):
         values = ", ".join(f"{recipe} {values[setting]}" for recipe, values in RECIPES.items())
         return f"(default: by recipe, {values})"
 
     parser = argparse.ArgumentParser(usage="python train.py [options]", description="Train a CNN on CIFAR-10.")
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, help="set of defaults; flags given beside it win (default: baseline)")
-    add("--lr", type=number(float, None), help=f"learning rate {recipes('lr')}")
-    add("--epochs", type=number(float, None), metavar="N", help=f"passes over the training set, may be a fraction {recipes('epochs')}")
-    add("--batch-size", type=number(int, 2, 50_000), metavar="N", help=f"images in a step {recipes('batch_size')}")
-    add("--augment", choices=data.AUGMENTATIONS, help=f"position: flips and shifts, color: brightness, contrast, saturation, hue {recipes('augment')}")
-    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="of all that is drawn by chance (default: 0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="auto takes a GPU where there is one (default: auto)")
-    add("--data", default="datasets", metavar="DIR", help="where CIFAR-10 is, or is put (default: %(default)s)")
-    add("--experiments", default="experiments", metavar="DIR", help="where the runs' folders are (default: %(default)s)")
-    add("--name", help="the run's folder (default: made of recipe, rate, augmentation and seed)")
-    add("--resume", action="store_true", help="go on with the newest run of that name, from its last checkpoint")
+    # fmt: off
+    add("--recipe", choices=RECIPES,
+        help="set of defaults; flags given beside it win (default: baseline)")
+    add("--lr", type=number(float, None),
+        help=f"learning rate {by_recipe('lr')}")
+    add("--epochs", type=number(float, None), metavar="N",
+        help=f"passes over the training set, may be a fraction {by_recipe('epochs')}")
+    add("--batch-size", type=number(int, 2, 50_000), metavar="N",
+        help=f"images in a step {by_recipe('batch_size')}")
+    add("--augment", choices=data.AUGMENTATIONS,
+        help=f"position: flip, shift; color: brightness, contrast, saturation, hue {by_recipe('augment')}")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N",
+        help="of all that is drawn by chance (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"),
+        help="auto takes a GPU where there is one (default: auto)")
+    add("--data", default="datasets", metavar="DIR",
+        help="where CIFAR-10 is, or is put (default: %(default)s)")
+    add("--experiments", default="experiments", metavar="DIR",
+        help="where the runs' folders are (default: %(default)s)")
+    add("--name",
+        help="the run's folder (default: made of recipe, rate, augmentation and seed)")
+    add("--resume", action="store_true",
+        help="go on with the newest run of that name, from its last checkpoint")
+    # fmt: on
     return parser
 
 
@@ -101,13 +114,18 @@ def settings_of(args):
     recipe = args.recipe or "baseline"
     settings = {"recipe": recipe, **RECIPES[recipe], "seed": 0, "device": "auto"}
     settings |= {key: value for key, value in vars(args).items() if key in settings and value is not None}
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if settings["device"] == "auto":
-        settings["device"] = next(device for device, there in available.items() if there)
-    elif not available[settings["device"]]:
-        raise UsageError(f"--device {settings['device']} is not there: PyTorch sees {', '.join(d for d in available if available[d])}")
+    settings["device"] = present(settings["device"])
     settings["precision"] = fastest_precision(settings["device"])
     return settings
+
+
+def present(device):
+    """The device of that name once it is clear that it is there; for "auto" the fastest there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    devices = [name for name in there if there[name]]
+    if device not in ("auto", *devices):
+        raise UsageError(f"--device {device} is not there: PyTorch sees {', '.join(devices)}")
+    return devices[0] if device == "auto" else device
 
 
 def fastest_precision(device):
@@ -341,16 +359,18 @@ def load_checkpoint(path, args):
 
 def run(args):
     settings = settings_of(args)
-    if args.name is not None and not args.resume and next(folders(args, settings)).exists():
-        open_run(args, settings)  # says that the name is in use, before any data is fetched
-    train_set, val_set = (
-        [tensor.to(settings["device"]) for tensor in tensors] for tensors in data.load_cifar10(args.data)
-    )
     folder, checkpoint = open_run(args, settings)
-    settings = checkpoint["settings"] if checkpoint else settings
+    if checkpoint:
+        settings = checkpoint["settings"]
+    device = present(settings["device"])
+    try:
+        train_set, val_set = ([tensor.to(device) for tensor in part] for part in data.load_cifar10(args.data))
+    except BaseException:
+        if not checkpoint:
+            folder.rmdir()  # no run without data: leave its name free
+        raise
     precision = settings["precision"]
-    device = f"{settings['device']}, {torch.get_num_threads()} threads, {precision}, channels_last"
-    print(f"run {folder} on {device}", flush=True)
+    print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {precision}, channels last", flush=True)
 
     start = time.perf_counter()
     model, optimizers = build(settings, train_set[0])

@@ -63,7 +63,9 @@ def main():
         usage="python visualize_aug.py IMAGE [--output PNG]", description="Draw what the augmentations do to a picture."
     )
     parser.add_argument("image", metavar="IMAGE", type=Path, help="any picture that Pillow opens")
-    parser.add_argument("--output", metavar="PNG", type=Path, help="where to save (default: IMAGE's name with _aug.png)")
+    parser.add_argument(
+        "--output", metavar="PNG", type=Path, help="where to save (default: IMAGE's name with _aug.png)"
+    )
     args = parser.parse_args()
     output = args.output or Path(f"{args.image.stem}_aug.png")
     try:
