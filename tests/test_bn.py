@@ -1,0 +1,196 @@
+"""Batch norm against torch in float64 and against finite differences; and Figure 1 of the assignment."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bn
+
+FIGURE_1 = (
+    [
+        "13.90185",
+        "3.033449",
+        "2.752287",
+        "2.656002",
+        "2.593305",
+        "2.539740",
+        "2.489078",
+        "2.439408",
+        "2.390089",
+        "2.34090",
+    ],  # 1 to 10
+    [
+        "1.020985",
+        "0.992716",
+        "0.965264",
+        "0.938619",
+        "0.912765",
+        "0.887688",
+        "0.863374",
+        "0.839805",
+        "0.816967",
+    ],  # 42 to 50
+    "0.028552",
+)
+cases = given(
+    batch=st.integers(2, 12),
+    channels=st.integers(1, 6),
+    eps=st.sampled_from([1e-5, 1e-3, 0.1]),
+    momentum=st.sampled_from([0.1, 0.5, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+repeatable = settings(deadline=None, derandomize=True, max_examples=80)
+
+
+def pair(channels, eps, momentum, rng):
+    """A BatchNorm and torch's, in float64, with the same random gamma and beta."""
+    ours = bn.BatchNorm(channels, eps, momentum)
+    theirs = torch.nn.BatchNorm1d(channels, eps, momentum, dtype=torch.float64)
+    ours.gamma, ours.beta = rng.normal(size=(2, channels))
+    with torch.no_grad():
+        theirs.weight.copy_(torch.from_numpy(ours.gamma))
+        theirs.bias.copy_(torch.from_numpy(ours.beta))
+    return ours, theirs
+
+
+@repeatable
+@cases
+def test_forward_backward_and_inference_are_torchs(batch, channels, eps, momentum, seed):
+    rng = np.random.default_rng(seed)
+    ours, theirs = pair(channels, eps, momentum, rng)
+    for _ in range(3):
+        x, dy = rng.normal(rng.normal(), 3, (batch, channels)), rng.normal(size=(batch, channels))
+        tx = torch.tensor(x, requires_grad=True)
+        ty = theirs(tx)
+        theirs.zero_grad()
+        ty.backward(torch.from_numpy(dy))
+        np.testing.assert_allclose(ours.forward(x), ty.detach(), atol=1e-9)
+        for gradient, expected in zip(ours.backward(dy), (tx, theirs.weight, theirs.bias), strict=True):
+            np.testing.assert_allclose(gradient, expected.grad, atol=1e-8)
+    np.testing.assert_allclose(ours.running_mean, theirs.running_mean, atol=1e-12)
+    np.testing.assert_allclose(ours.running_var, theirs.running_var, rtol=1e-9)
+    ours.eval()
+    for rows in (1, batch):
+        x = rng.normal(size=(rows, channels))
+        np.testing.assert_allclose(ours.forward(x), theirs.eval()(torch.from_numpy(x)).detach(), atol=1e-9)
+    np.testing.assert_allclose(ours.running_mean, theirs.running_mean, atol=1e-12)  # inference changes nothing
+
+
+@repeatable
+@cases
+def test_gradients_are_those_of_finite_differences(batch, channels, eps, momentum, seed):
+    rng = np.random.default_rng(seed)
+    layer, _ = pair(channels, max(eps, 1e-3), momentum, rng)
+    x, dy = rng.normal(size=(2, batch, channels))
+    layer.forward(x)
+    for name, gradient in zip(("x", "gamma", "beta"), layer.backward(dy), strict=True):
+        value = x if name == "x" else getattr(layer, name)
+        step = 1e-6 * rng.normal(size=value.shape)
+
+        def loss(moved, name=name, value=value):
+            if name == "x":
+                return np.sum(dy * layer.forward(moved))
+            setattr(layer, name, moved)
+            result = np.sum(dy * layer.forward(x))
+            setattr(layer, name, value)
+            return result
+
+        slope = (loss(value + step) - loss(value - step)) / 2
+        assert slope == pytest.approx(np.sum(gradient * step), rel=2e-4, abs=1e-10)
+
+
+@repeatable
+@cases
+def test_float32_stays_float32_and_is_close_to_float64(batch, channels, eps, momentum, seed):
+    rng = np.random.default_rng(seed)
+    layer, reference = (pair(channels, 1e-2, momentum, np.random.default_rng(seed))[0] for _ in range(2))
+    x, dy = rng.normal(size=(2, batch, channels)).astype(np.float32)
+    results = layer.forward(x), *layer.backward(dy)
+    expected = reference.forward(x.astype(np.float64)), *reference.backward(dy.astype(np.float64))
+    for result, exact in zip(results, expected, strict=True):
+        assert result.dtype == np.float32 and exact.dtype == np.float64
+        np.testing.assert_allclose(result, exact, atol=2e-3)
+    assert layer.eval().forward(x).dtype == np.float32
+
+
+@pytest.mark.parametrize("layout", [np.asfortranarray, lambda a: np.repeat(a, 2, axis=1)[:, ::2]])
+def test_inputs_are_never_modified_whatever_their_layout(layout):
+    rng = np.random.default_rng(0)
+    plain_x, plain_dy = rng.normal(size=(2, 7, 3))
+    x, dy = layout(plain_x), layout(plain_dy)
+    layer, other = bn.BatchNorm(3), bn.BatchNorm(3)
+    np.testing.assert_allclose(layer.forward(x), other.forward(plain_x), atol=1e-12)
+    for result, expected in zip(layer.backward(dy), other.backward(plain_dy), strict=True):
+        np.testing.assert_allclose(result, expected, atol=1e-12)
+    layer.eval().forward(x)
+    assert np.array_equal(x, plain_x) and np.array_equal(dy, plain_dy)
+
+
+@pytest.mark.parametrize("offset", [0, 1e8, -1e8])
+def test_data_far_from_zero_is_still_normalised(offset):
+    spread = np.random.default_rng(0).normal(size=(5000, 4))
+    layer = bn.BatchNorm(4, eps=0, momentum=1)
+    y = layer.forward(spread + offset)
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(y.var(0), 1, rtol=1e-12)
+    np.testing.assert_allclose(layer.running_var, spread.var(0, ddof=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e8, 0.1])
+def test_a_constant_channel_gives_beta_and_finite_gradients(value):
+    layer = bn.BatchNorm(2)
+    layer.beta = np.array([3.0, -1.0])
+    np.testing.assert_allclose(layer.forward(np.full((6, 2), value)), np.tile(layer.beta, (6, 1)), atol=1e-6)
+    assert all(np.isfinite(gradient).all() for gradient in layer.backward(np.arange(12.0).reshape(6, 2)))
+
+
+def test_backward_belongs_to_the_last_forward_in_training():
+    rng = np.random.default_rng(0)
+    layer, x, dy = bn.BatchNorm(3), *rng.normal(size=(2, 5, 3))
+    layer.forward(x)
+    expected = layer.backward(dy)
+    layer.eval().forward(rng.normal(size=(4, 3)))
+    assert layer.training is False and layer.train().training is True
+    for result, before in zip(layer.backward(dy), expected, strict=True):
+        assert np.array_equal(result, before)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 2), (2, 3, 4), (1, 3), (0, 3)])
+def test_a_wrong_shape_is_named(shape):
+    with pytest.raises(ValueError, match=str(shape).replace("(", r"\(").replace(")", r"\)")):
+        bn.BatchNorm(3).forward(np.zeros(shape))
+
+
+def test_other_misuse_is_named():
+    layer = bn.BatchNorm(3)
+    with pytest.raises(RuntimeError, match="forward in training"):
+        layer.backward(np.zeros((4, 3)))
+    for dtype in (np.int64, np.float16, complex):
+        with pytest.raises(ValueError, match=np.dtype(dtype).name):
+            layer.forward(np.zeros((4, 3), dtype))
+    layer.forward(np.zeros((4, 3)))
+    with pytest.raises(ValueError, match=r"\(4, 3\).*\(5, 3\)"):
+        layer.backward(np.zeros((5, 3)))
+
+
+def test_bn_py_prints_figure_1(tmp_path):
+    command = [sys.executable, "-W", "error", Path(bn.__file__)]
+    outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    *training, validation = outcome.stdout.splitlines()
+    losses = []
+    for number, line in enumerate(training, start=1):
+        start, loss = line.split(", loss: ")
+        assert start == f"iteration: {number}"
+        losses.append(loss)
+    assert len(losses) == 50
+    first, last, validation_loss = FIGURE_1
+    for loss, printed in zip(losses[:10] + losses[-9:], first + last, strict=True):
+        assert loss.startswith(printed)  # the figure cuts two of them short
+    assert validation == f"validation loss: {validation_loss}"

@@ -1,0 +1,121 @@
+"""network.py: shapes, parameters, gradients and the whitened stem."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import network
+
+
+def net(seed=0, **options):
+    torch.manual_seed(seed)
+    return network.ConvNet(**options)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(count):
+    """Images whose neighbouring pixels and whose channels are alike, as in photographs."""
+    smooth = F.interpolate(noise(count, 3, 6, 6), size=(12, 12), mode="bilinear")
+    mix = torch.tensor([[1.0, 0.5, 0.2], [0.8, 1.0, 0.3], [0.7, 0.6, 1.0]])
+    return torch.einsum("ij,njhw->nihw", mix, smooth) + 0.2 * noise(count, 3, 12, 12, seed=1) + 0.5
+
+
+def covariance(outputs):
+    """(N, C, H, W) -> (C, C)"""
+    return np.cov(outputs.detach().double().transpose(0, 1).flatten(1))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("widths", [(32, 64, 128), (8, 8, 8), (5, 12), (4,)])
+@pytest.mark.parametrize("num_classes", [10, 3])
+def test_one_logit_a_class(batch, widths, num_classes):
+    assert net(widths=widths, num_classes=num_classes)(noise(batch, 3, 32, 32)).shape == (batch, num_classes)
+
+
+def test_shapes_are_those_of_the_docstring():
+    model, shapes = net(), []
+    for part in (model.stem, *model.groups, model.head):
+        part.register_forward_hook(lambda part, inputs, output: shapes.append(tuple(output.shape[1:])))
+    model(noise(2, 3, 32, 32))
+    assert shapes == [(24, 31, 31), (32, 15, 15), (64, 7, 7), (128, 3, 3), (10,)]
+    for shape in shapes[:4]:
+        assert "(B, {:>3}, {:>2}, {:>2})".format(*shape) in network.ConvNet.__doc__
+
+
+def test_head_takes_the_maximum_over_the_pixels():
+    model, features = net().eval(), []
+    model.groups.register_forward_hook(lambda part, inputs, output: features.append(output))
+    logits = model(noise(4, 3, 32, 32))
+    largest = F.adaptive_max_pool2d(features[0], 1).flatten(1)
+    torch.testing.assert_close(logits, largest @ model.head.weight.T + model.head.bias)
+
+
+def test_number_of_parameters():
+    stem = 3 * 2 * 2 * 24 + 24
+    groups = sum(9 * a * b + 9 * b * b + 2 * (b + b) for a, b in [(24, 32), (32, 64), (64, 128)])  # no biases; 2 norms
+    head = 128 * 10 + 10
+    assert sum(parameter.numel() for parameter in net().parameters()) == stem + groups + head == 295_106
+
+
+def test_gradients_reach_every_parameter():
+    model = net()
+    F.cross_entropy(model(noise(16, 3, 32, 32)), torch.arange(16) % 10).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_seed_decides_the_initial_weights():
+    first, again, other = (torch.cat([p.flatten() for p in net(seed).parameters()]) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_images_do_not_mix_in_eval_mode():
+    model, order = net(), torch.tensor([3, 1, 6, 0, 7, 2, 4, 5])
+    images = noise(8, 3, 32, 32) * torch.arange(8).view(8, 1, 1, 1)
+    for _ in range(3):
+        model(2 * images + 1)  # running statistics that are not the initial ones
+    model.eval()
+    with torch.no_grad():
+        logits = model(images)
+        torch.testing.assert_close(model(images[order]), logits[order], rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(images[:1]), logits[:1], rtol=0, atol=1e-5)
+        assert not torch.allclose(logits[order], logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("eps", [1e-9, 0.1])
+def test_whitened_stem_decorrelates(eps):
+    model, images = net(), correlated(200)
+    patches = torch.cat([images[:, :, y : y + 11, x : x + 11] for y in (0, 1) for x in (0, 1)], dim=1)
+    variances = np.linalg.eigvalsh(covariance(patches))
+    assert variances[-1] > 10 * variances[0]  # there is something to whiten
+
+    model.whiten(images, eps)
+    outputs = model.stem(images)
+    np.testing.assert_allclose(covariance(outputs[:, :12]), np.diag(variances / (variances + eps)), atol=2e-3)
+    torch.testing.assert_close(outputs[:, 12:], -outputs[:, :12], rtol=0, atol=1e-5)
+
+
+def test_whitened_stem_is_frozen_and_has_no_bias():
+    model = net()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.whiten(correlated(20))
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert changed == frozen == {"stem.weight", "stem.bias"}
+    assert not model.stem.bias.any()
+    model(noise(4, 3, 32, 32)).sum().backward()
+    assert model.stem.weight.grad is None and model.head.weight.grad is not None
+
+
+def test_no_torchvision():
+    tree = ast.parse(Path(network.__file__).read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} == {"torch"}
