@@ -85,17 +85,17 @@ class CrossEntropyLoss(nn.Module):
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise ValueError(f"classes must be integers, got {targets.dtype}")
 
-        kept = targets != self.ignore_index
-        targets = torch.where(kept, targets, 0).long()  # any valid class will do where the loss is dropped
+        ignored = targets == self.ignore_index
+        targets = targets.masked_fill(ignored, 0).long()  # any valid class will do where the loss is dropped
         if targets.numel():
             low, high = targets.aminmax()
             if low < 0 or high >= classes:
                 raise IndexError(f"class {int(low if low < 0 else high)} is outside [0, {classes})")
-        of_class = kept.to(shifted.dtype) if weight is None else weight.to(shifted.dtype)[targets] * kept
+        of_class = torch.ones_like(log_sum) if weight is None else weight.to(log_sum.dtype)[targets]
         losses = of_class * (log_sum - shifted.gather(1, targets[:, None]).squeeze(1))
         if smoothing:
-            losses = (1 - smoothing) * losses + smoothing / classes * self._minus_log_p(shifted, log_sum) * kept
-        return losses, of_class.sum()
+            losses = (1 - smoothing) * losses + smoothing / classes * self._minus_log_p(shifted, log_sum)
+        return losses.masked_fill(ignored, 0), of_class.masked_fill(ignored, 0).sum()
 
     def _probability_losses(self, shifted, log_sum, targets):
         if not targets.is_floating_point():
