@@ -10,6 +10,7 @@ experiments/curves.png shows the curves of all runs in one picture.
 
 import argparse
 import csv
+import importlib.metadata
 import itertools
 import json
 import math
@@ -273,15 +274,16 @@ def log(writer, row):
 
 def environment():
     """What, beside the settings, it takes to run the same again."""
-    import numpy
-    import torchvision
-
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    modules = (torch, torchvision, numpy)
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "git_commit": git.stdout.strip() or None,
-        "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules},
+        "git_commit": commit or None,
+        "versions": {"python": platform.python_version(), **versions},
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
     }
@@ -298,6 +300,8 @@ def draw_curves(experiments):
     for path, color in zip(sorted(experiments.glob("*/metrics.csv")), colors, strict=False):
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
+        if not rows:  # that run has not finished its first epoch yet
+            continue
         for metric, panel in panels.items():
             for part, style in (("train", "o--"), ("val", "o-")):
                 points = [(float(row["epoch"]), float(row[f"{part}_{metric}"])) for row in rows]
