@@ -48,7 +48,7 @@ RECIPES = {
         "widths": (32, 64, 64), "whiten": True, "muon": True, "label_smoothing": 0.2, "tta": False,
     },
     "best": {
-        "lr": 0.2, "epochs": 6, "batch_size": 500, "augment": "position",
+        "lr": 0.2, "epochs": 5, "batch_size": 500, "augment": "position",
         "widths": (64, 128, 256), "whiten": True, "muon": True, "label_smoothing": 0.2, "tta": True,
     },
 }  # fmt: skip
