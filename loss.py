@@ -85,8 +85,9 @@ class CrossEntropyLoss(nn.Module):
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise ValueError(f"classes must be integers, got {targets.dtype}")
 
+        targets = targets.long()  # first: in a byte, -100 would be class 156
         ignored = targets == self.ignore_index
-        targets = targets.masked_fill(ignored, 0).long()  # any valid class will do where the loss is dropped
+        targets = targets.masked_fill(ignored, 0)  # any valid class will do where the loss is dropped
         if targets.numel():
             low, high = targets.aminmax()
             if low < 0 or high >= classes:
