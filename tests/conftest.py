@@ -1,10 +1,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 
 ROOT = Path(data.__file__).parent
+# Threads only get in each other's way with arrays as small as the tests'; and a run here can be compared bit for bit
+# with one in another process, as sums come out the same only in the same order.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

@@ -50,15 +50,6 @@ cases = given(
 repeatable = settings(deadline=None, derandomize=True, max_examples=80)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Many threads only get in each other's way with arrays this small: 13 times slower on 2 cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pair(channels, eps, momentum, rng):
     """A BatchNorm and torch's, in float64, with the same random gamma and beta."""
     ours = bn.BatchNorm(channels, eps, momentum)

@@ -23,15 +23,6 @@ reductions = st.sampled_from(["none", "sum", "mean"])
 smoothings = st.sampled_from([0.0, 0.1, 0.5, 1.0])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Many threads only get in each other's way with arrays this small: 13 times slower on 2 cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_case(shape, weighted, seed):
     """Logits, the shape of class targets, class weights or None, and the generator that drew them."""
     generator = torch.Generator().manual_seed(seed)

@@ -24,7 +24,6 @@ import train
 from loss import CrossEntropyLoss
 
 SCRIPT = Path(train.__file__)
-torch.set_num_threads(1)  # here and in other processes: sums come out the same only in the same order
 # 60 random images in place of CIFAR-10, and a net to match
 TINY = """
 import torch, data, train
