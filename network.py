@@ -62,9 +62,21 @@ class ConvNet(nn.Module):
             images: (N, 3, H, W) normalised images, a sample of the training set (a few thousand are plenty).
             eps: added to the variances, so that axes that hold nearly nothing but noise are not blown up.
         """
-        patches = F.unfold(images, kernel_size=2).transpose(1, 2).flatten(0, 1)  # (patches, 12)
+        patches = images.unfold(2, 2, 1).unfold(3, 2, 1)  # (N, 3, H - 1, W - 1, 2, 2)
+        patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
         variances, axes = torch.linalg.eigh(torch.cov(patches.T))
         filters = (axes / (variances + eps).sqrt()).T.reshape(-1, 3, 2, 2)
         self.stem.weight.copy_(torch.cat([filters, -filters]))
         self.stem.bias.zero_()
         self.stem.requires_grad_(False)
+
+    @torch.no_grad()
+    def pass_through(self):
+        """Let the first filters of each 3x3 convolution start as the identity of its input channels.
+
+        What the stem has whitened then reaches every layer from the first step on, and so do the gradients, where
+        random filters would blur both a little more in each layer (K. Jordan, arXiv:2404.00498, section 3.3).
+        """
+        for layer in self.groups.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.dirac_(layer.weight[: layer.in_channels])

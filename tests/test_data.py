@@ -353,9 +353,9 @@ def test_position_gives_a_flip_or_not_of_a_reflected_crop(shape, shift, dtype, s
 
 def test_position_draws_every_flip_and_shift_for_each_image_alone():
     image = torch.randint(256, (3, 32, 32), generator=seeded(), dtype=torch.uint8)
-    results = moved(image.numpy(), 4, 4)
+    results = moved(image.numpy(), 2, 2)
     drawn = [results[output.tobytes()] for output in data.position(image.expand(4000, -1, -1, -1), seeded()).numpy()]
-    assert set(drawn) == {(flip, y, x) for flip in (False, True) for y in range(-4, 5) for x in range(-4, 5)}
+    assert set(drawn) == {(flip, y, x) for flip in (False, True) for y in range(-2, 3) for x in range(-2, 3)}
     assert 0.45 < np.mean([flip for flip, _, _ in drawn]) < 0.55
 
 
@@ -547,6 +547,7 @@ def test_generator_is_the_only_source_of_chance(augment):
     torch.manual_seed(2)
     assert same(epoch, loader(0))
     first.generator.set_state(state)
+    first.epoch = 1
     assert same(second_epoch, first)
     orders = [torch.cat([own for _, own in batches]).tolist() for batches in (epoch, second_epoch, loader(1))]
     assert len(set(map(tuple, [*orders, range(50)]))) == 4
@@ -564,6 +565,28 @@ def test_augment_says_what_happens(augment, moves, recolors):
     places = {(image > image.mean((1, 2), keepdim=True)).numpy().tobytes() for image in batch}
     palettes = {tuple(image.unique().tolist()) for image in batch}
     assert (len(places) > 1, len(palettes) > 1) == (moves, recolors)
+
+
+def test_every_image_is_flipped_in_one_of_two_epochs():
+    images = torch.zeros(200, 3, 8, 8, dtype=torch.uint8)
+    images[..., 6:] = 100  # a bright bar on the right, too wide to be shifted away
+    loader = data.Loader(images, torch.arange(200), 64, "position", seeded())
+    flipped = []
+    for _ in range(3):
+        batches = [(own, batch[..., 0].mean((1, 2)) > batch[..., -1].mean((1, 2))) for batch, own in loader]
+        own, flips = map(torch.cat, zip(*batches, strict=True))
+        flipped.append(flips[own.argsort()])
+    assert 70 < flipped[0].sum() < 130
+    assert torch.equal(flipped[1], ~flipped[0]) and torch.equal(flipped[2], flipped[0])
+
+
+@pytest.mark.parametrize("size", [8, 4, 32])
+def test_resize_takes_the_mean_of_the_area(size):
+    images = data.normalize(torch.rand(2, 3, 32, 32, generator=seeded()))
+    small = data.resize(images, size)
+    mean = images.view(2, 3, size, 32 // size, size, 32 // size).mean((3, 5))
+    torch.testing.assert_close(small, mean, rtol=0, atol=1e-6)
+    assert small.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_batches_are_normalised_float32_channels_last():

@@ -114,6 +114,17 @@ def test_whitened_stem_is_frozen_and_has_no_bias():
     assert model.stem.weight.grad is None and model.head.weight.grad is not None
 
 
+def test_convolutions_pass_their_input_through():
+    model = net(widths=(24, 30, 20))
+    model.pass_through()
+    images = noise(2, 24, 8, 8)
+    outputs = model.groups[0][0](images)
+    assert torch.equal(outputs, images)
+    outputs = model.groups[1][0](images)
+    assert torch.equal(outputs[:, :24], images) and outputs[:, 24:].std() > 0.1  # the other filters stay random
+    assert torch.equal(model.groups[2][0](noise(2, 30, 8, 8)), noise(2, 30, 8, 8)[:, :20])
+
+
 def test_no_torchvision():
     tree = ast.parse(Path(network.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -79,12 +79,15 @@ def results(folder):
     """What two equal runs must agree in, bit for bit: the metrics but for the seconds, and all that is saved."""
     metrics = [{key: value for key, value in row.items() if key != "train_seconds"} for row in rows(folder)]
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    optimizers = [tensor for optimizer in checkpoint["optimizers"] for tensor in tensors(optimizer["state"])]
-    return metrics, [*checkpoint["model"].values(), *optimizers, checkpoint["generator"]]
+    return metrics, [*checkpoint["model"].values(), *tensors(checkpoint["optimizer"]), checkpoint["generator"]]
 
 
 def tensors(state):
-    return [value for slot in state.values() for value in slot.values() if torch.is_tensor(value)]
+    """All tensors in a state, however it is nested."""
+    if torch.is_tensor(state):
+        return [state]
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+    return [tensor for value in inner for tensor in tensors(value)]
 
 
 def agree(one, other):
@@ -119,10 +122,10 @@ def test_a_tiny_set_is_learnt_to_zero_error(recipe):
     images = torch.randint(256, (30, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.arange(30) % 10
     settings = {**train.RECIPES[recipe], "seed": 0, "widths": (16, 16, 16), "lr": train.RECIPES[recipe]["lr"] / 2}
-    model, optimizers = train.build(settings, images)
+    model, optimizer = train.build(settings, images)
     inputs = data.normalize(data.to_float(images))
     for _ in range(100):
-        train.train_step(model, optimizers, CrossEntropyLoss(), inputs, labels, "fp32")
+        train.train_step(model, optimizer, CrossEntropyLoss(), inputs, labels, "fp32")
     assert train.evaluate(model, images, labels, "fp32")[1] == 1
 
 
@@ -139,16 +142,16 @@ def test_evaluate_is_the_mean_over_all_images_in_evaluation_mode():
     assert 0 <= accuracy_tta <= 1
 
 
-def test_views_are_mirrored_and_shifted_by_a_pixel_and_weigh_one():
+def test_views_are_mirrored_and_shifted_by_a_pixel_and_weigh_one_with_the_plain_one():
     image = torch.rand(1, 3, 32, 32)
-    views = list(train.views(image))
-    assert sum(weight for _, weight in views) == 1
-    assert torch.equal(views[0][0], image)
-    for index, step in ((2, (slice(1, 32), slice(0, 31))), (4, (slice(0, 31), slice(1, 32)))):
-        inside, seen = step
-        assert torch.equal(views[index][0][..., inside, inside], image[..., seen, seen])
-    for plain, mirrored in zip(views[::2], views[1::2], strict=True):
-        assert torch.equal(plain[0].flip(3), mirrored[0])
+    mirrored, *shifted = train.views(image)
+    assert torch.equal(mirrored[0], image.flip(3))
+    assert 0.25 + mirrored[1] + sum(weight for _, weight in shifted) == 1
+    inside, outside = slice(1, 32), slice(0, 31)
+    assert torch.equal(shifted[0][0][..., inside, inside], image[..., outside, outside])
+    assert torch.equal(shifted[2][0][..., outside, outside], image[..., inside, inside])
+    for plain, flipped in (shifted[:2], shifted[2:]):
+        assert torch.equal(plain[0].flip(3), flipped[0])
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 30), (30, 5)])
@@ -162,28 +165,40 @@ def test_orthogonalize_keeps_singular_vectors_and_evens_out_singular_values(shap
     assert values.max() < 1.3
 
 
-def test_muon_steps_along_the_orthogonalized_nesterov_gradient_at_a_fixed_norm():
-    filters = torch.randn(4, 3, 3, 3, requires_grad=True)
-    optimizer = train.Muon([filters], lr=0.1, momentum=0.5)
+def test_muon_steps_filters_along_the_orthogonalized_nesterov_gradient_at_a_fixed_norm_and_the_rest_as_sgd_does():
+    filters, shift = torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True)
+    frozen = torch.randn(4)
+    optimizer = train.Muon([filters, frozen, shift], lr=0.1)
+    reference = shift.detach().clone().requires_grad_()
+    sgd = torch.optim.SGD([reference], lr=0.1 / 5, momentum=0.85, nesterov=True)
     velocity = torch.zeros(4, 27)
     for _ in range(3):
         expected = filters.detach().flatten(1) * 2 / filters.detach().norm()
-        filters.grad = torch.randn(4, 3, 3, 3)
-        gradient = filters.grad.flatten(1)
-        velocity = 0.5 * velocity + gradient
-        expected -= 0.1 * train.orthogonalize(gradient + 0.5 * velocity)
+        filters.grad, shift.grad = torch.randn(4, 3, 3, 3), torch.randn(4)
+        gradient, reference.grad = filters.grad.flatten(1), shift.grad.clone()
+        velocity = 0.6 * velocity + gradient
+        expected -= 0.1 * train.orthogonalize(gradient + 0.6 * velocity)
         optimizer.step()
+        sgd.step()
         torch.testing.assert_close(filters.detach().flatten(1), expected)
+        torch.testing.assert_close(shift, reference)
+    optimizer.zero_grad()
+    assert filters.grad is None and shift.grad is None
 
 
-def test_learning_rate_falls_linearly_and_epochs_may_be_a_fraction(tmp_path):
-    outcome = tiny(tmp_path, "--recipe", "quick", "--epochs", 1.5, "--name", "run")
+def test_rate_falls_linearly_and_pictures_grow_and_epochs_may_be_a_fraction(tmp_path, monkeypatch):
+    seen, train_step = [], train.train_step
+
+    def spy(model, optimizer, criterion, images, labels, precision):
+        seen.append((optimizer.lr, *images.shape[2:]))
+        return train_step(model, optimizer, criterion, images, labels, precision)
+
+    monkeypatch.setattr(train, "train_step", spy)
+    monkeypatch.setitem(train.RECIPES["quick"], "sizes", ((17, 0.5), (25, 0.75)))
+    outcome = tiny(tmp_path, "--recipe", "quick", "--epochs", 1.5, "--lr", 0.8, "--name", "run")
     assert outcome.returncode == 0, outcome.stderr
-    checkpoint = torch.load(tmp_path / "experiments/run/checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == round(1.5 * 3)  # 40 images in batches of 16: 3 steps
-    muon, sgd = (optimizer["param_groups"][0] for optimizer in checkpoint["optimizers"])
-    assert muon["lr"] == pytest.approx(train.RECIPES["quick"]["lr"] / checkpoint["step"])  # one step before 0
-    assert sgd["lr"] / sgd["initial_lr"] == pytest.approx(1 / checkpoint["step"])
+    # 40 images in batches of 16 are 3 steps an epoch, so 4 in all
+    assert seen == [(pytest.approx(0.8 * (1 - step / 4)), size, size) for step, size in enumerate((17, 17, 25, 32))]
     assert [float(row["epoch"]) for row in rows(tmp_path / "experiments/run")] == [1, 4 / 3]
 
 
