@@ -48,12 +48,12 @@ RECIPES = {
     },
     "quick": {
         "lr": 0.25, "epochs": 0.7, "batch_size": 250, "augment": "position",
-        "widths": (32, 64, 64), "whiten": True, "muon": True, "sizes": ((20, 0.5),), "label_smoothing": 0.2,
+        "widths": (32, 64, 64), "whiten": True, "muon": True, "sizes": ((24, 0.5),), "label_smoothing": 0.2,
         "tta": False,
     },
     "best": {
-        "lr": 0.2, "epochs": 8, "batch_size": 1000, "augment": "position",
-        "widths": (64, 256, 256), "whiten": True, "muon": True, "sizes": ((20, 0.25),), "label_smoothing": 0.2,
+        "lr": 0.2, "epochs": 7, "batch_size": 1000, "augment": "position",
+        "widths": (64, 256, 256), "whiten": True, "muon": True, "sizes": (), "label_smoothing": 0.2,
         "tta": True,
     },
 }  # fmt: skip
