@@ -73,7 +73,7 @@ class CrossEntropyLoss(nn.Module):
         # log p = z - log sum exp z holds for logits z shifted by any constant. With the largest one shifted to 0, exp
         # cannot overflow and log p keeps its digits however large the logits are.
         shifted = logits - logits.detach().amax(dim=1, keepdim=True)
-        log_sum = torch.logsumexp(shifted, dim=1)
+        log_sum = shifted.exp().sum(dim=1).log()
 
         if targets.shape == logits.shape:
             return self._probability_losses(shifted, log_sum, targets)
@@ -86,17 +86,23 @@ class CrossEntropyLoss(nn.Module):
             raise ValueError(f"classes must be integers, got {targets.dtype}")
 
         targets = targets.long()  # first: in a byte, -100 would be class 156
-        ignored = targets == self.ignore_index
-        targets = targets.masked_fill(ignored, 0)  # any valid class will do where the loss is dropped
+        ignored = None
         if targets.numel():
             low, high = targets.aminmax()
+            if low < 0 or high >= classes or 0 <= self.ignore_index < classes:  # else none can be ignored: spare masks
+                ignored = targets == self.ignore_index
+                targets = targets.masked_fill(ignored, 0)  # any valid class will do where the loss is dropped
+                low, high = targets.aminmax()
             if low < 0 or high >= classes:
                 raise IndexError(f"class {int(low if low < 0 else high)} is outside [0, {classes})")
-        of_class = torch.ones_like(log_sum) if weight is None else weight.to(log_sum.dtype)[targets]
-        losses = of_class * (log_sum - shifted.gather(1, targets[:, None]).squeeze(1))
+        losses, divisor = log_sum - shifted.gather(1, targets[:, None]).squeeze(1), targets.numel()
+        if weight is not None or ignored is not None:
+            of_class = torch.ones_like(log_sum) if weight is None else weight.to(log_sum.dtype)[targets]
+            losses = of_class * losses
+            divisor = (of_class if ignored is None else of_class.masked_fill(ignored, 0)).sum()
         if smoothing:
             losses = (1 - smoothing) * losses + smoothing / classes * self._minus_log_p(shifted, log_sum)
-        return losses.masked_fill(ignored, 0), of_class.masked_fill(ignored, 0).sum()
+        return losses if ignored is None else losses.masked_fill(ignored, 0), divisor
 
     def _probability_losses(self, shifted, log_sum, targets):
         if not targets.is_floating_point():
