@@ -191,30 +191,24 @@ def main():
 # The first image of each digit, 0 to 9, in the MNIST training set (Y. LeCun, C. Cortes, C. Burges): 10 * 28 * 28 bytes,
 # compressed (zlib) and written as text (base 85).
 DIGITS = """
-c-rlmc~p*B9LKMvLW@MQl*|zsq#9#s7zu~5uh}yl$FVbIkSy6s3{IpIg$%|Z+1`vWiY(d2$=Hphl@!t{dVas>o%_70-
-sgGleb1PGX2$gU<9(m!{hWL6@BZ%c``-
-H!@{d}Fow)N0Hgd@YfY(gaDFfk6Hn<t9NS$t}fN*Uj;35^<L+e8T?|9s&aw8WpVJ>Dm57F*txDjhMz~7n>ER?(2YA<Hr99i~^uvZ_MXdtg|ecN(&L7%w
-+xL3R=SP~{wzG(5H9vb)-e28ATFg@l8&l^`X9gL^VWGtlut%9_^M8-CicXKZsl6QO*rj<R+&Bfh{pm@UjP!~H-O&X@`>!M-
-+&+gNYiz`(_V0&3N1lgNdquO{mWgA+OD&yJ`)Vgz!caebIIc%B0WxZbsx9w{&QMXJ%n8>Md8)7^MH9+BIPc~|P1BC!iv1tOHtjk72^MphjPK}7TlT+gs
-K@c1{d&?6+h~X5=5rm6o9EO50mV<U`5$!pxWn#&Cc8p060Uz^5+YoD%$Y=i(GjBY3kqMK0w&f<>e?l3g_0}T5)Z6f)wUX4``i7QyVBZp;n`&)Q0uSv7i
-~R!dcwaL@1~FKZ<zF?Fz9%zSx$WSvIsS|Mufh2m>J-;87LiW2%oa*w)F}fBGouRtvgRvNqw!#XrCo`Y6c-
-pRi<(g|z;R1reH}|y90EAm)77;c)mQ`hGwP9!SKxsMvG`_BK2+wC=}<7ns$X;w1lZ}`#~wdkv2|xb@r?(xp(SeXNwVaDW}ZV$)`)tA_}ds)ZSx;*t=dk
-fQ-
-a!IW%$~zOHG$@u4GXba;AYYNu;x`ayA>_d0<drU_67>w6kj@eOsgh#ITnj@hk+`$VOwNIxSda{GAeteygqA<(DQVCQ5$hPO()Wr>Et8IHs!2DMgBiE-
-w95(0=ik?WlzS^ydY&t^qbm#f%1gaC=gLl6@Tqx<z6&f$lMd9x_H(<mT1XuG2o889|h+%<y@HGJm-4(2<A9p-
-yV=Os2ksn5m7b)&=SHqEZ5MA0}rDk5{sQJu*~1;#Osbcr0g4MLjwERL<hWr4`TZi{&gytdz<NMH#cn674FLgt$<4Y!M$=>akuG&laOJ@5J$X3PkjzpU$
-rHHiqXH=EUZMUXBaL*U8DrD3<0Wg^af~$}ZJ!!S9%4lghlCBJy>`0dcJX=JxlPcA|lD-Ue8Nfjarj+d#Qb*lJi=Sp}>)(&T4t$uj-ln>kF3jMin2v=}V
-7&_jQR$;A&Qcnu%kMJA=K9_c{RiIRMVUf(_w@rEgB8_96QqFN-5<GQ&H6RPu=X#)1)7HpB9_T#K-95^fw(XTNFI-N!gZ_0s|UVy)H8-
-0)OdoV%!m2rs4te!ZAJ)?0eJ;6})bDu~dy*gM$Y<k|+1$&sPLaT$iakwy4nK4P{m~@F01(~W_T0_B|;6Tg&l)!nK#zUKP;3%8eTtc{6pIx5@aJ~n-
-m>W&FV|i{M4&nH*3SxQFDCzBE-o3^UgkW3F<XexhKzjIY{d$#DKC4B#VbArY4rvw54g^eTNn8#C6x_qhvO}r)Y{*=xySVzv)gAB2SU-ROVxxh)Fq3xo^
-TK3R`T-
-DfNxHbA!BIF9jE9NKGxU*y<D+mh7!DDa42Vk4x!TlB9cH&_c{JA9YL(TYpiGx4+$ggF@s#cGaj#N0{|fuwe>dV?25_GlEl7h{dQWlDcP>3WAMlz^z{;0
-(?-
-bpSj`bZqQUT&*>@)?%vpPy@hMu__=%YSVazE`_ex}(VD|QOtyiPRL8<+RtslrCwNGKD@{s6yo<no{rcsGN09|SOkgI3dX2j}+5I1XVZJI&RZ0=S30F`M
-rPn8QhqpVNZ?$B)+A;2!5*itGj8^{j0ygmc^{YvG9_S8v0RPibzOUVqk{^?MU%=VsrE_svyeBJ$KJdg=^1qCKO^J9B8-eY-
-0YQJkPe%Zo8;tu=AU#%$F+;W{yeN*9M{u}D2uo$uf-(<T~x<;yq&Zo|x>)R);T|2I%yM2xg!-aJVxwiQ!F9u!3}mK~~tlHSlTgSA-
-1>)Y`Pi+Q2wZ|;Rrtn1G=IIvdpN65M{4ie82qggp3Yx)Laf{`b_Vu?=@fd|eZ4q|q|hj#nbirP$8Z$aT%-
->R+t<E?YpEkxhZVV%`z^b5fFTQvVG|8gTW-3lPV!^rFe;5^1%Y@7ul6KLkJRt-FaO4myFLA415V98NBvb6>m;|it9dZCk#4p#vVD8+I^fMyN-
+c-rlmc~p*B9LKMvLW@MQl*|zsq#9#s7zu~5uh}yl$FVbIkSy6s3{IpIg$%|Z+1`vWiY(d2$=Hphl@!t{dVas>o%_70-sgGleb1PGX2$gU<9(m!{hWL6@BZ%c
+``-H!@{d}Fow)N0Hgd@YfY(gaDFfk6Hn<t9NS$t}fN*Uj;35^<L+e8T?|9s&aw8WpVJ>Dm57F*txDjhMz~7n>ER?(2YA<Hr99i~^uvZ_MXdtg|ecN(&L7%w+
+xL3R=SP~{wzG(5H9vb)-e28ATFg@l8&l^`X9gL^VWGtlut%9_^M8-CicXKZsl6QO*rj<R+&Bfh{pm@UjP!~H-O&X@`>!M-+&+gNYiz`(_V0&3N1lgNdquO{m
+WgA+OD&yJ`)Vgz!caebIIc%B0WxZbsx9w{&QMXJ%n8>Md8)7^MH9+BIPc~|P1BC!iv1tOHtjk72^MphjPK}7TlT+gsK@c1{d&?6+h~X5=5rm6o9EO50mV<U`
+5$!pxWn#&Cc8p060Uz^5+YoD%$Y=i(GjBY3kqMK0w&f<>e?l3g_0}T5)Z6f)wUX4``i7QyVBZp;n`&)Q0uSv7i~R!dcwaL@1~FKZ<zF?Fz9%zSx$WSvIsS|M
+ufh2m>J-;87LiW2%oa*w)F}fBGouRtvgRvNqw!#XrCo`Y6c-pRi<(g|z;R1reH}|y90EAm)77;c)mQ`hGwP9!SKxsMvG`_BK2+wC=}<7ns$X;w1lZ}`#~wdk
+v2|xb@r?(xp(SeXNwVaDW}ZV$)`)tA_}ds)ZSx;*t=dkfQ-a!IW%$~zOHG$@u4GXba;AYYNu;x`ayA>_d0<drU_67>w6kj@eOsgh#ITnj@hk+`$VOwNIxSda
+{GAeteygqA<(DQVCQ5$hPO()Wr>Et8IHs!2DMgBiE-w95(0=ik?WlzS^ydY&t^qbm#f%1gaC=gLl6@Tqx<z6&f$lMd9x_H(<mT1XuG2o889|h+%<y@HGJm-4
+(2<A9p-yV=Os2ksn5m7b)&=SHqEZ5MA0}rDk5{sQJu*~1;#Osbcr0g4MLjwERL<hWr4`TZi{&gytdz<NMH#cn674FLgt$<4Y!M$=>akuG&laOJ@5J$X3Pkjz
+pU$rHHiqXH=EUZMUXBaL*U8DrD3<0Wg^af~$}ZJ!!S9%4lghlCBJy>`0dcJX=JxlPcA|lD-Ue8Nfjarj+d#Qb*lJi=Sp}>)(&T4t$uj-ln>kF3jMin2v=}V7
+&_jQR$;A&Qcnu%kMJA=K9_c{RiIRMVUf(_w@rEgB8_96QqFN-5<GQ&H6RPu=X#)1)7HpB9_T#K-95^fw(XTNFI-N!gZ_0s|UVy)H8-0)OdoV%!m2rs4te!ZA
+J)?0eJ;6})bDu~dy*gM$Y<k|+1$&sPLaT$iakwy4nK4P{m~@F01(~W_T0_B|;6Tg&l)!nK#zUKP;3%8eTtc{6pIx5@aJ~n-m>W&FV|i{M4&nH*3SxQFDCzBE
+-o3^UgkW3F<XexhKzjIY{d$#DKC4B#VbArY4rvw54g^eTNn8#C6x_qhvO}r)Y{*=xySVzv)gAB2SU-ROVxxh)Fq3xo^TK3R`T-DfNxHbA!BIF9jE9NKGxU*y
+<D+mh7!DDa42Vk4x!TlB9cH&_c{JA9YL(TYpiGx4+$ggF@s#cGaj#N0{|fuwe>dV?25_GlEl7h{dQWlDcP>3WAMlz^z{;0(?-bpSj`bZqQUT&*>@)?%vpPy@
+hMu__=%YSVazE`_ex}(VD|QOtyiPRL8<+RtslrCwNGKD@{s6yo<no{rcsGN09|SOkgI3dX2j}+5I1XVZJI&RZ0=S30F`MrPn8QhqpVNZ?$B)+A;2!5*itGj8
+^{j0ygmc^{YvG9_S8v0RPibzOUVqk{^?MU%=VsrE_svyeBJ$KJdg=^1qCKO^J9B8-eY-0YQJkPe%Zo8;tu=AU#%$F+;W{yeN*9M{u}D2uo$uf-(<T~x<;yq&
+Zo|x>)R);T|2I%yM2xg!-aJVxwiQ!F9u!3}mK~~tlHSlTgSA-1>)Y`Pi+Q2wZ|;Rrtn1G=IIvdpN65M{4ie82qggp3Yx)Laf{`b_Vu?=@fd|eZ4q|q|hj#nb
+irP$8Z$aT%->R+t<E?YpEkxhZVV%`z^b5fFTQvVG|8gTW-3lPV!^rFe;5^1%Y@7ul6KLkJRt-FaO4myFLA415V98NBvb6>m;|it9dZCk#4p#vVD8+I^fMyN-
 F6AQ#sySnsrIRS>8IZ;3_Dg*DLz_nDAcPl~?ppTBl&mj;H8-LLn4xkr3@|4x^4t3Zy6_Lv5Z{K!EKWkSDHm>rHh*dU{0TcC3Q_
 """
 

@@ -80,3 +80,18 @@ class ConvNet(nn.Module):
         for layer in self.groups.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.dirac_(layer.weight[: layer.in_channels])
+
+    @torch.no_grad()
+    def fix_scales(self):
+        """Take out of the net what only scales, for training at large rates.
+
+        The scale of batch norm stays 1: the filters behind it are normalised anyway. The linear layer starts small
+        (its logits are nearly 0, every class as likely as any other) and without a shift of its own. The running
+        statistics follow the last few batches, as the net changes much in a step.
+        """
+        for layer in self.groups.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.requires_grad_(False)
+                layer.momentum = 0.4
+        nn.init.normal_(self.head.weight, std=1 / self.head.in_features)
+        nn.init.zeros_(self.head.bias).requires_grad_(False)

@@ -11,17 +11,24 @@ experiments/curves.png shows the curves of all runs in one picture.
 import argparse
 import csv
 import importlib.metadata
+import io
 import itertools
 import json
 import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: there two processes are not kept apart
+    fcntl = None
 
 import torch
 from tensorboardX import SummaryWriter
@@ -36,7 +43,7 @@ from network import ConvNet
 #   whiten           start from a fixed first layer that decorrelates neighbouring pixels, and from others that let it
 #                    through (network.ConvNet.whiten, .pass_through)
 #   muon             optimise by Muon (below) with a rate that falls linearly to 0: large steps first, then ever smaller
-#                    ones that settle. Without: Adam at a constant rate.
+#                    ones that settle. What only scales is fixed (.fix_scales). Without: Adam at a constant rate.
 #   sizes            (size, share) pairs: pictures are made that small until that share of the steps is done. What is
 #                    learnt first, the coarse, is learnt from small pictures as well, for a fraction of the arithmetic.
 #   label_smoothing  train towards targets that are not quite certain (loss.CrossEntropyLoss)
@@ -47,13 +54,13 @@ RECIPES = {
         "widths": (32, 80, 160), "whiten": False, "muon": False, "sizes": (), "label_smoothing": 0.0, "tta": False,
     },
     "quick": {
-        "lr": 0.25, "epochs": 0.7, "batch_size": 250, "augment": "position",
+        "lr": 0.25, "epochs": 0.64, "batch_size": 250, "augment": "position",
         "widths": (32, 64, 64), "whiten": True, "muon": True, "sizes": ((24, 0.5),), "label_smoothing": 0.2,
         "tta": False,
     },
     "best": {
-        "lr": 0.2, "epochs": 7, "batch_size": 1000, "augment": "position",
-        "widths": (64, 256, 256), "whiten": True, "muon": True, "sizes": (), "label_smoothing": 0.2,
+        "lr": 0.2, "epochs": 8, "batch_size": 1000, "augment": "position",
+        "widths": (64, 256, 256), "whiten": True, "muon": True, "sizes": ((20, 0.28),), "label_smoothing": 0.2,
         "tta": True,
     },
 }  # fmt: skip
@@ -73,8 +80,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)  # argparse reports what is not a number
         if not math.isfinite(value) or value > high or (value <= 0 if low is None else value < low):
-            bound = "above 0" if low is None else f"from {low}" + (f" to {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bound}")
+            bounds = ("above 0" if low is None else f"from {low}") + (f" to {high:,}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bounds}")
         return value
 
     parse.__name__ = {int: "whole number", float: "number"}[kind]
@@ -93,7 +100,7 @@ def parser():
         help="set of defaults; flags given beside it win (default: baseline)")
     add("--lr", type=number(float, None),
         help=f"learning rate {by_recipe('lr')}")
-    add("--epochs", type=number(float, None), metavar="N",
+    add("--epochs", type=number(float, None, 1e6), metavar="N",
         help=f"passes over the training set, may be a fraction {by_recipe('epochs')}")
     add("--batch-size", type=number(int, 2, 50_000), metavar="N",
         help=f"images in a step {by_recipe('batch_size')}")
@@ -163,16 +170,18 @@ class Muon:
     A gradient is mostly a few strong directions. Replacing its singular values by ones lets the weak ones learn too,
     which takes far fewer steps than SGD or Adam. (K. Jordan et al., "Muon: an optimizer for hidden layers in neural
     networks", 2024.) The filters themselves are kept at a fixed norm: batch norm undoes their scale anyway, and so
-    one rate suits all layers. What is not a filter bank, shifts, scales and the linear layer, is stepped along its own
-    gradient (SGD) at a fifth of the rate.
+    one rate suits all layers. What is not a filter bank, the shifts and the linear layer, is stepped along its own
+    gradient (SGD), summed over the batch so that an epoch goes as far in large batches as in small ones; it decays a
+    little in each step. The two factors are those of K. Jordan's airbench94.
 
     It keeps no base class, as importing torch.optim's takes longer than a tenth of the quick recipe.
     """
 
-    def __init__(self, parameters, lr):
+    def __init__(self, parameters, lr, batch_size):
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.velocities = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.lr = lr
+        self.batch_size = batch_size
 
     def zero_grad(self):
         for parameter in self.parameters:
@@ -188,7 +197,9 @@ class Muon:
                 parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
                 parameter.sub_(self.lr * orthogonalize(direction.flatten(1)).view_as(parameter))
             else:
-                parameter.sub_(self.lr / 5 * direction)
+                rate = self.lr * self.batch_size
+                parameter.mul_(1 - 1e-5 * rate)
+                parameter.sub_(rate * (1 / 4 if parameter.ndim == 1 else 3.3 / parameter.shape[1] ** 2) * direction)
 
     def state_dict(self):
         return {"velocities": self.velocities}
@@ -221,8 +232,10 @@ def build(settings, train_images):
     if settings["whiten"]:
         model.whiten(data.normalize(data.to_float(train_images[:2000])))
         model.pass_through()
-    optimizer = Muon if settings["muon"] else torch.optim.Adam
-    return model, optimizer(model.parameters(), lr=settings["lr"])
+    if settings["muon"]:
+        model.fix_scales()
+        return model, Muon(model.parameters(), settings["lr"], settings["batch_size"])
+    return model, torch.optim.Adam(model.parameters(), lr=settings["lr"])
 
 
 def train_step(model, optimizer, criterion, images, labels, precision):
@@ -271,11 +284,17 @@ def evaluate(model, images, labels, precision, tta=False):
 def write(path, save):
     """Write a file by `save(open file)` so that `path` is at any moment the old file whole or the new one whole."""
     partial = path.with_name(path.name + ".part")
-    with open(partial, "wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    buffer = io.BytesIO()  # first whole in memory: what fails below is the disk and nothing else
+    save(buffer)
+    try:
+        with open(partial, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as problem:
+        partial.unlink(missing_ok=True)
+        raise OSError(problem.errno, problem.strerror, str(path)) from None
 
 
 def write_metrics(path, rows):
@@ -345,30 +364,63 @@ def folders(args, settings):
         yield Path(args.experiments, f"{name}-{count}")
 
 
-def open_run(args, settings):
-    """A new folder for the run, or with --resume the newest one and its checkpoint. Returns both."""
-    if args.resume:
-        taken = list(itertools.takewhile(Path.exists, folders(args, settings)))
-        if not taken or not (taken[-1] / "checkpoint.pt").exists():
-            folder = taken[-1] if taken else next(folders(args, settings))
-            raise UsageError(f"nothing to resume: there is no {folder / 'checkpoint.pt'}")
-        return taken[-1], load_checkpoint(taken[-1] / "checkpoint.pt", args)
-    for folder in folders(args, settings):
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder, None
-    raise UsageError(f"{folder} is there already: choose another --name, or go on with that run by --resume")
+def taken(folder):
+    return UsageError(f"{folder} is there already: choose another --name, or go on with that run by --resume")
 
 
-def load_checkpoint(path, args):
+def new_folder(args, settings, fill):
+    """Make the run's folder, under the first name that is free, with what `fill` puts in. Returns it and its claim.
+
+    It is filled before it gets its name: a run that can be seen can be resumed, and of two that start at once under
+    one name the second finds the name taken.
+    """
+    hidden = Path(args.experiments, f".new-{os.getpid()}")
+    try:
+        hidden.mkdir(parents=True, exist_ok=True)
+        fill(hidden)
+        claimed = claim(hidden)
+        for folder in folders(args, settings):
+            try:
+                return hidden.rename(folder), claimed
+            except OSError:
+                if not folder.exists():
+                    raise
+        raise taken(folder)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def old_folder(args, settings):
+    """The newest folder of a run of this name, to resume, and its claim."""
+    there = list(itertools.takewhile(Path.exists, folders(args, settings)))
+    folder = there[-1] if there else next(folders(args, settings))
+    if not (folder / "checkpoint.pt").exists():
+        raise UsageError(f"nothing to resume: there is no {folder / 'checkpoint.pt'}")
+    return folder, claim(folder)
+
+
+def claim(folder):
+    """An open file that keeps the run to this process until it ends, be it by SIGKILL: two would mix their files.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    file = open(folder / "config.json", "a")  # noqa: SIM115, run() closes it
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{folder} is in use: that run is still going on, in another process") from None
+    return file
+
+
+def load_checkpoint(path, args, settings):
     """The checkpoint of a run to resume, once it is clear that it is one and that `args` does not contradict it."""
     try:
         checkpoint = torch.load(path, weights_only=True)
-        stored = checkpoint["settings"]
+        stored = checkpoint["settings"] = {key: checkpoint["settings"][key] for key in settings}
     except Exception as problem:  # torch.load has no error of its own for what it cannot read
-        raise UsageError(f"{path} is no checkpoint of train.py ({type(problem).__name__})") from None
+        raise UsageError(f"{path} is no checkpoint of this train.py ({type(problem).__name__})") from None
     for key in stored.keys() & {key for key, value in vars(args).items() if value not in (None, "auto")}:
         if stored[key] != getattr(args, key):
             flag = "--" + key.replace("_", "-")
@@ -380,92 +432,97 @@ def load_checkpoint(path, args):
 
 
 def run(args):
-    settings = settings_of(args)
-    folder, checkpoint = open_run(args, settings)
-    if checkpoint:
+    settings, checkpoint = settings_of(args), None
+    if args.resume:
+        folder, claimed = old_folder(args, settings)
+        checkpoint = load_checkpoint(folder / "checkpoint.pt", args, settings)
         settings = checkpoint["settings"]
-    device = present(settings["device"])
-    try:
-        train_set, val_set = ([tensor.to(device) for tensor in part] for part in data.load_cifar10(args.data))
-    except BaseException:
-        if not checkpoint:
-            folder.rmdir()  # no run without data: leave its name free
-        raise
-    precision = settings["precision"]
-    print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {precision}, channels last", flush=True)
+    elif args.name is not None and (folder := next(folders(args, settings))).exists():
+        raise taken(folder)  # now, and not after a download
+    device, precision = present(settings["device"]), settings["precision"]
+    train_set, val_set = ([tensor.to(device) for tensor in part] for part in data.load_cifar10(args.data))
 
     start = time.perf_counter()
-    model, optimizer = build(settings, train_set[0])
+    step, rows = 0, []
     criterion = CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
     report = CrossEntropyLoss(reduction="sum")  # logged without smoothing: comparable between all runs
     generator = torch.Generator().manual_seed(settings["seed"])
-    loader = data.Loader(*train_set, settings["batch_size"], settings["augment"], generator)
-    steps = max(1, round(settings["epochs"] * len(loader)))
-    train_seconds = time.perf_counter() - start
-    step, rows = 0, []
+    try:
+        model, optimizer = build(settings, train_set[0])
+        loader = data.Loader(*train_set, settings["batch_size"], settings["augment"], generator)
+        steps = max(1, round(settings["epochs"] * len(loader)))
+        if checkpoint:
+            step, rows, loader.epoch = checkpoint["step"], checkpoint["rows"], len(checkpoint["rows"])
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            generator.set_state(checkpoint["generator"])
+    except Exception as problem:
+        if not checkpoint:
+            raise
+        raise UsageError(f"{folder / 'checkpoint.pt'} does not fit ({type(problem).__name__})") from None
+    train_seconds = checkpoint["train_seconds"] if checkpoint else time.perf_counter() - start
 
-    def save():
+    def save(folder):
         state = {
             "settings": settings, "step": step, "rows": rows, "train_seconds": train_seconds,
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "generator": generator.get_state(),
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
         }  # fmt: skip
         write(folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
+    def fill(folder):
+        config = json.dumps({**settings, **environment()}, indent=2)
+        write(folder / "config.json", lambda file: file.write(config.encode()))
+        save(folder)  # so that there is something to resume from the first step on
+
     if checkpoint:
-        step, rows, train_seconds = checkpoint["step"], checkpoint["rows"], checkpoint["train_seconds"]
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        generator.set_state(checkpoint["generator"])
-        loader.epoch = len(rows)
         for events in folder.glob("events.out.tfevents.*"):
             events.unlink()  # they may hold points from after the checkpoint; its own are logged again below
     else:
-        config = json.dumps({**settings, **environment()}, indent=2)
-        write(folder / "config.json", lambda file: file.write(config.encode()))
-        save()  # so that there is something to resume from the first step on
-    write_metrics(folder / "metrics.csv", rows)
-    writer = SummaryWriter(str(folder))
-    for row in rows:
-        log(writer, row)
-
-    while step < steps:
-        start = time.perf_counter()
-        seen = loss_sum = correct = 0
-        batches = itertools.islice(loader, steps - step)
-        for images, labels in tqdm(batches, total=min(len(loader), steps - step), leave=False, disable=None):
-            if settings["muon"]:
-                optimizer.lr = settings["lr"] * (1 - step / steps)
-            size = next((size for size, share in settings["sizes"] if step < share * steps), images.shape[2])
-            images = data.resize(images, size)
-            logits, loss = train_step(model, optimizer, criterion, images, labels, precision)
-            step += 1
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {step}: try a --lr below {settings['lr']:g}")
-            seen += len(labels)
-            loss_sum += report(logits, labels).item()
-            correct += (logits.argmax(1) == labels).sum().item()
-        train_seconds += time.perf_counter() - start
-
-        done = step == steps
-        val_loss, val_accuracy, val_accuracy_tta = evaluate(model, *val_set, precision, tta=settings["tta"] and done)
-        values = (step / len(loader), step, train_seconds, loss_sum / seen, correct / seen, val_loss, val_accuracy)
-        row = dict(zip(COLUMNS, values, strict=True))
-        if settings["tta"]:
-            row["val_accuracy_tta"] = val_accuracy_tta if done else ""
-        rows.append(row)
-        save()
+        folder, claimed = new_folder(args, settings, fill)
+    print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {precision}, channels last", flush=True)
+    with claimed, SummaryWriter(str(folder)) as writer:
         write_metrics(folder / "metrics.csv", rows)
-        log(writer, row)
-        print(
-            f"epoch {row['epoch']:.4g} of {steps / len(loader):.4g}: "
-            f"training loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}, "
-            f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}"
-            + (f", with test-time augmentation {val_accuracy_tta:.2%}" if val_accuracy_tta else "")
-            + f", {train_seconds:.1f} s",
-            flush=True,
-        )
-    writer.close()
+        for row in rows:
+            log(writer, row)
+
+        while step < steps:
+            start = time.perf_counter()
+            seen = loss_sum = correct = 0
+            batches = itertools.islice(loader, steps - step)
+            for images, labels in tqdm(batches, total=min(len(loader), steps - step), leave=False, disable=None):
+                if settings["muon"]:
+                    optimizer.lr = settings["lr"] * (1 - step / steps)
+                size = next((size for size, share in settings["sizes"] if step < share * steps), images.shape[2])
+                images = data.resize(images, size)
+                logits, loss = train_step(model, optimizer, criterion, images, labels, precision)
+                step += 1
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {loss} at step {step}: try a --lr below {settings['lr']:g}")
+                seen += len(labels)
+                loss_sum += report(logits, labels).item()
+                correct += (logits.argmax(1) == labels).sum().item()
+            train_seconds += time.perf_counter() - start
+
+            done = step == steps
+            val_loss, val_accuracy, val_accuracy_tta = evaluate(
+                model, *val_set, precision, tta=settings["tta"] and done
+            )
+            values = (step / len(loader), step, train_seconds, loss_sum / seen, correct / seen, val_loss, val_accuracy)
+            row = dict(zip(COLUMNS, values, strict=True))
+            if settings["tta"]:
+                row["val_accuracy_tta"] = val_accuracy_tta if done else ""
+            rows.append(row)
+            save(folder)
+            write_metrics(folder / "metrics.csv", rows)
+            log(writer, row)
+            print(
+                f"epoch {row['epoch']:.4g} of {steps / len(loader):.4g}: "
+                f"training loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}, "
+                f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}"
+                + (f", with test-time augmentation {val_accuracy_tta:.2%}" if val_accuracy_tta else "")
+                + f", {train_seconds:.1f} s",
+                flush=True,
+            )
     draw_curves(folder.parent)
     print(f"finished: {folder}{os.sep}metrics.csv, curves of all runs in {folder.parent / 'curves.png'}")
 
@@ -480,8 +537,12 @@ def main():
         options.exit(2, f"train.py: {problem}\n")
     except (data.DataError, FloatingPointError, OSError) as problem:
         options.exit(1, f"train.py: {problem}\n")
+    except (MemoryError, RuntimeError) as problem:
+        if "memory" not in f"{type(problem)} {problem}".lower():
+            raise
+        options.exit(1, "train.py: out of memory: try a smaller --batch-size\n")
     except KeyboardInterrupt:
-        options.exit(130, "\nstopped; the same command with --resume goes on from the last finished epoch\n")
+        options.exit(130, "\nstopped; once training has begun, the same command with --resume goes on from there\n")
 
 
 if __name__ == "__main__":

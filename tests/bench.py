@@ -40,7 +40,7 @@ COLUMNS = [
 # (recipe, epochs, seeds); what takes longest comes last. Those with one seed are the curve of accuracy against time.
 RUNS = [
     ("quick", train.RECIPES["quick"]["epochs"], range(10)),
-    ("quick", 1.5, [0]), ("quick", 3, [0]), ("best", 1, [0]), ("best", 3, [0]),
+    ("quick", 1.5, [0]), ("quick", 3, [0]), ("quick", 6, [0]), ("best", 2, [0]), ("best", 4, [0]),
     ("best", train.RECIPES["best"]["epochs"], range(5)),
 ]  # fmt: skip
 

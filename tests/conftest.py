@@ -11,6 +11,10 @@ ROOT = Path(data.__file__).parent
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="many more cases each, in many minutes")
+
+
 def pytest_collection_modifyitems(items):
     if not (ROOT / "datasets" / data.FOLDER / data.FILES[-1]).exists():
         reason = "CIFAR-10 is not in datasets/: run python train.py once, it puts it there"

@@ -125,6 +125,19 @@ def test_convolutions_pass_their_input_through():
     assert torch.equal(model.groups[2][0](noise(2, 30, 8, 8)), noise(2, 30, 8, 8)[:, :20])
 
 
+def test_scales_are_fixed_where_they_do_no_more_than_scale():
+    model = net(widths=(24, 30, 1000))
+    model.fix_scales()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    norms = {name for name, layer in model.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)}
+    assert len(norms) == 6
+    assert frozen == {f"{name}.weight" for name in norms} | {"head.bias"}
+    assert all((model.get_submodule(name).weight == 1).all() for name in norms)
+    assert {model.get_submodule(name).momentum for name in norms} == {0.4}
+    assert not model.head.bias.any()
+    assert model.head.weight.std().item() == pytest.approx(1 / 1000, rel=0.05)
+
+
 def test_no_torchvision():
     tree = ast.parse(Path(network.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -6,7 +6,9 @@ import io
 import json
 import math
 import os
+import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -121,7 +123,8 @@ def test_a_tiny_set_is_learnt_to_zero_error(recipe):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (30, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.arange(30) % 10
-    settings = {**train.RECIPES[recipe], "seed": 0, "widths": (16, 16, 16), "lr": train.RECIPES[recipe]["lr"] / 2}
+    settings = {**train.RECIPES[recipe], "seed": 0, "widths": (16, 16, 16), "batch_size": 30}
+    settings["lr"] /= 2
     model, optimizer = train.build(settings, images)
     inputs = data.normalize(data.to_float(images))
     for _ in range(100):
@@ -166,24 +169,30 @@ def test_orthogonalize_keeps_singular_vectors_and_evens_out_singular_values(shap
 
 
 def test_muon_steps_filters_along_the_orthogonalized_nesterov_gradient_at_a_fixed_norm_and_the_rest_as_sgd_does():
-    filters, shift = torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True)
+    filters, shift, linear = (torch.randn(shape, requires_grad=True) for shape in ((4, 3, 3, 3), (4,), (2, 5)))
     frozen = torch.randn(4)
-    optimizer = train.Muon([filters, frozen, shift], lr=0.1)
-    reference = shift.detach().clone().requires_grad_()
-    sgd = torch.optim.SGD([reference], lr=0.1 / 5, momentum=0.85, nesterov=True)
+    optimizer = train.Muon([filters, frozen, shift, linear], lr=0.1, batch_size=20)
+    references = [parameter.detach().clone().requires_grad_() for parameter in (shift, linear)]
+    groups = [
+        {"params": reference, "lr": 2 * factor} for reference, factor in zip(references, (1 / 4, 3.3 / 25), strict=True)
+    ]
+    sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True)
     velocity = torch.zeros(4, 27)
     for _ in range(3):
         expected = filters.detach().flatten(1) * 2 / filters.detach().norm()
-        filters.grad, shift.grad = torch.randn(4, 3, 3, 3), torch.randn(4)
-        gradient, reference.grad = filters.grad.flatten(1), shift.grad.clone()
+        filters.grad, shift.grad, linear.grad = torch.randn(4, 3, 3, 3), torch.randn(4), torch.randn(2, 5)
+        gradient = filters.grad.flatten(1)
         velocity = 0.6 * velocity + gradient
         expected -= 0.1 * train.orthogonalize(gradient + 0.6 * velocity)
+        for parameter, reference in zip((shift, linear), references, strict=True):
+            reference.grad = parameter.grad.clone()
+            reference.data.mul_(1 - 2e-5)
         optimizer.step()
         sgd.step()
         torch.testing.assert_close(filters.detach().flatten(1), expected)
-        torch.testing.assert_close(shift, reference)
+        torch.testing.assert_close([shift, linear], references, rtol=1e-6, atol=1e-7)
     optimizer.zero_grad()
-    assert filters.grad is None and shift.grad is None
+    assert filters.grad is None and shift.grad is None and linear.grad is None
 
 
 def test_rate_falls_linearly_and_pictures_grow_and_epochs_may_be_a_fraction(tmp_path, monkeypatch):
@@ -310,31 +319,62 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 # ----------------------------------------------------------------------------------------------- stopping, resuming
 
-KILLED = """
-import os, signal
-write = train.write
-def write_and_die(path, save):  # in the second epoch, after it has been trained, while its checkpoint is written
-    if path.name == "checkpoint.pt" and os.path.exists(path.parent / "second"):
-        path.with_name("checkpoint.pt.part").write_bytes(b"half of a checkpoint")
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(path, save)
-    if path.name == "metrics.csv" and path.read_text().count("\\n") == 2:
-        (path.parent / "second").touch()
-train.write = write_and_die
-"""
+
+def mortal(cwd, *flags, kill_at=math.inf):
+    """The same in a forked process that kills itself at its `kill_at`-th function call or return, be it in Python or C.
+
+    So every moment of a run can be hit, and hit again. Returns the exit code of os.waitpid, and, of a run that came to
+    its end, all those moments and those of them inside of train.write, as two ranges.
+    """
+    pid = os.fork()
+    if pid == 0:
+        moments, saving = 0, []
+
+        def count(frame, event, argument):
+            nonlocal moments
+            moments += 1
+            if moments >= kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if frame.f_code is train.write.__code__ and event in ("call", "return"):
+                saving.append(moments)
+
+        sys.setprofile(count)
+        code = tiny(cwd, *flags).returncode
+        sys.setprofile(None)
+        (cwd / "moments").write_text(json.dumps([moments, saving]))
+        os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    return status
+
+
+def moments_of(cwd, *flags):
+    """All moments of an uninterrupted run, and those in which it saves something."""
+    assert mortal(cwd, *flags) == 0
+    moments, saving = json.loads((cwd / "moments").read_text())
+    return range(1, moments), [moment for pair in zip(*[iter(saving)] * 2, strict=True) for moment in range(*pair)]
 
 
 @pytest.mark.parametrize("recipe", ["baseline", "quick"])
-def test_a_killed_run_resumes_to_the_very_same_end(tmp_path, recipe):
-    flags = ("--recipe", recipe, "--augment", "both", "--epochs", 3)
-    assert tiny(tmp_path, *flags, "--name", "whole").returncode == 0
-    killed = tiny_process(tmp_path, *flags, "--name", "killed", code=KILLED)
-    assert killed.returncode == -signal.SIGKILL
-    resumed = tiny(tmp_path, "--name", "killed", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    whole, folder = tmp_path / "experiments/whole", tmp_path / "experiments/killed"
-    assert agree(whole, folder)
-    assert scalars(whole) == scalars(folder)  # no point twice, none missing
+@pytest.mark.usefixtures("finished")  # so that all is imported before the moments are counted
+def test_a_killed_run_resumes_to_the_very_same_end(tmp_path, recipe, request):
+    flags = ("--recipe", recipe, "--augment", "both", "--epochs", 3, "--name", "run")
+    (whole := tmp_path / "whole").mkdir()
+    everywhere, saving = moments_of(whole, *flags)
+    chance = random.Random(0)
+    for number in range(60 if request.config.getoption("--long") else 6):
+        (cwd := tmp_path / str(number)).mkdir()
+        folder = cwd / "experiments/run"
+        # The first kill is anywhere or while something is saved; some are killed again after they have been resumed
+        status = mortal(cwd, *flags, kill_at=chance.choice(saving if number % 2 else everywhere))
+        assert status == signal.SIGKILL
+        if folder.exists() and number % 3 == 0:
+            mortal(cwd, *flags, "--resume", kill_at=chance.choice(everywhere) // 2)
+        begun = folder.exists()  # a folder that can be seen can be resumed
+        outcome = tiny(cwd, *flags, *(["--resume"] if begun else []))
+        assert outcome.returncode == 0, outcome
+        assert agree(whole / "experiments/run", folder)
+        assert scalars(whole / "experiments/run") == scalars(folder)  # no point twice, none missing
+        assert (cwd / "experiments/curves.png").exists()
 
 
 def test_ctrl_c_and_sigterm_say_how_to_go_on(tmp_path):
@@ -363,6 +403,11 @@ def complaint(outcome, code):
         (("--lr", "much"), "--lr"),
         (("--epochs", "-1"), "--epochs"),
         (("--epochs", "inf"), "--epochs"),
+        (("--epochs", "1e300"), "--epochs"),
+        (("--lr", "1e999"), "--lr"),
+        (("--batch-size", "1e3"), "--batch-size"),
+        (("--batch-size", "9" * 5000), "--batch-size"),
+        (("--seed", "9" * 30), "--seed"),
         (("--batch-size", "1"), "--batch-size"),
         (("--batch-size", "2.5"), "--batch-size"),
         (("--seed", "-1"), "--seed"),
@@ -390,6 +435,81 @@ def test_a_device_that_is_not_there(tmp_path):
 def test_a_name_in_use_is_not_overwritten(finished):
     line = complaint(tiny(finished.parent.parent, "--name", finished.name), 2)
     assert finished.name in line and "--name" in line
+
+
+def test_of_two_runs_that_start_at_once_under_one_name_the_second_is_told_so(tmp_path):
+    code = """
+import os
+import sys
+load = data.load_cifar10
+def load_while_the_other_starts(root):
+    os.makedirs("experiments/run")
+    open("experiments/run/config.json", "w").write("of the other")
+    return load(root)
+data.load_cifar10 = load_while_the_other_starts
+"""
+    assert "experiments/run is there already" in complaint(tiny_process(tmp_path, "--name", "run", code=code), 2)
+    assert [path.name for path in (tmp_path / "experiments").iterdir()] == ["run"]
+    assert [path.name for path in (tmp_path / "experiments/run").iterdir()] == ["config.json"]
+    assert (tmp_path / "experiments/run/config.json").read_text() == "of the other"
+
+
+def test_a_run_that_is_still_going_on_cannot_be_resumed_beside_it(finished):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    with train.claim(finished):
+        assert "in use" in complaint(tiny(finished.parent.parent, "--name", finished.name, "--resume"), 2)
+    assert {path: path.read_bytes() for path in finished.iterdir()} == before
+    assert tiny(finished.parent.parent, "--name", finished.name, "--resume").returncode == 0
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 20, 40])
+def test_a_full_disk_names_what_could_not_be_written_and_the_run_goes_on_once_there_is_room(tmp_path, blocks):
+    flags = ("--epochs", 2, "--name", "run")
+    assert tiny(tmp_path, "--epochs", 2, "--name", "whole").returncode == 0
+    code = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({blocks} * 512, -1))
+"""  # no file may grow beyond that: writing fails as it does on a full disk
+    line = complaint(tiny_process(tmp_path, *flags, code=code), 1)
+    assert "File too large: " in line and "experiments" in line
+    folder = tmp_path / "experiments/run"
+    assert not list(tmp_path.glob("experiments/.*")) and not list(folder.glob("*.part"))
+    assert tiny(tmp_path, *flags, *(["--resume"] if folder.exists() else [])).returncode == 0
+    assert agree(tmp_path / "experiments/whole", folder)
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        lambda state: state["model"].popitem(),
+        lambda state: state["model"].update({"head.bias": torch.zeros(11)}),
+        lambda state: state["optimizer"].clear(),
+        lambda state: state.pop("step"),
+        lambda state: state.update(rows=3),
+        lambda state: state.update(generator=torch.zeros(3)),
+        lambda state: state["settings"].pop("lr"),
+        lambda state: state["settings"].update(widths="wide"),
+        lambda state: state.clear(),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(finished, tmp_path, tamper):
+    folder = tmp_path / "experiments/run"
+    shutil.copytree(finished, folder)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    tamper(state)
+    torch.save(state, folder / "checkpoint.pt")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert "checkpoint.pt" in complaint(tiny(tmp_path, "--name", "run", "--resume"), 2)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "error", ["MemoryError()", "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried ...')"]
+)
+def test_out_of_memory_says_what_to_lower(tmp_path, error):
+    code = f"def fail(*arguments): raise {error}\ntrain.train_step = fail"
+    assert "--batch-size" in complaint(tiny_process(tmp_path, code=code), 1)
 
 
 def test_resuming_with_other_settings_or_a_broken_checkpoint_is_refused(finished, tmp_path):
