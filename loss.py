@@ -88,20 +88,24 @@ class CrossEntropyLoss(nn.Module):
         targets = targets.long()  # first: in a byte, -100 would be class 156
         ignored = None
         if targets.numel():
-            low, high = targets.aminmax()
+            low, high = map(int, targets.aminmax())
             if low < 0 or high >= classes or 0 <= self.ignore_index < classes:  # else none can be ignored: spare masks
                 ignored = targets == self.ignore_index
                 targets = targets.masked_fill(ignored, 0)  # any valid class will do where the loss is dropped
-                low, high = targets.aminmax()
+                low, high = map(int, targets.aminmax())
             if low < 0 or high >= classes:
-                raise IndexError(f"class {int(low if low < 0 else high)} is outside [0, {classes})")
+                raise IndexError(f"class {low if low < 0 else high} is outside [0, {classes})")
         losses, divisor = log_sum - shifted.gather(1, targets[:, None]).squeeze(1), targets.numel()
         if weight is not None or ignored is not None:
             of_class = torch.ones_like(log_sum) if weight is None else weight.to(log_sum.dtype)[targets]
             losses = of_class * losses
             divisor = (of_class if ignored is None else of_class.masked_fill(ignored, 0)).sum()
         if smoothing:
-            losses = (1 - smoothing) * losses + smoothing / classes * self._minus_log_p(shifted, log_sum)
+            if weight is None:
+                of_all = classes * log_sum - shifted.sum(dim=1)  # the same as below, at half the cost
+            else:
+                of_all = self._minus_log_p(shifted, log_sum)
+            losses = (1 - smoothing) * losses + smoothing / classes * of_all
         return losses if ignored is None else losses.masked_fill(ignored, 0), divisor
 
     def _probability_losses(self, shifted, log_sum, targets):
