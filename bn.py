@@ -79,7 +79,9 @@ class BatchNorm:
         error = average @ centered
         centered -= error
         var = np.einsum("bc,bc->c", centered, centered) / x.dtype.type(batch)  # biased: the batch is normalised with it
-        inv_std = 1 / np.sqrt(var + x.dtype.type(self.eps))
+        if not np.isfinite(var).all():  # squares that float32 has no room for, float64 has
+            var = np.square(centered, dtype=np.float64).mean(axis=0)
+        inv_std = (1 / np.sqrt(var + self.eps)).astype(x.dtype)
         scale = self.gamma.astype(x.dtype) * inv_std
 
         new_mean = mean.astype(np.float64) + error

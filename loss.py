@@ -101,10 +101,9 @@ class CrossEntropyLoss(nn.Module):
             losses = of_class * losses
             divisor = (of_class if ignored is None else of_class.masked_fill(ignored, 0)).sum()
         if smoothing:
-            if weight is None:
-                of_all = classes * log_sum - shifted.sum(dim=1)  # the same as below, at half the cost
-            else:
-                of_all = self._minus_log_p(shifted, log_sum)
+            # Without weights the sum over the classes needs no (N, C) of its own
+            plain = weight is None
+            of_all = classes * log_sum - shifted.sum(dim=1) if plain else self._minus_log_p(shifted, log_sum)
             losses = (1 - smoothing) * losses + smoothing / classes * of_all
         return losses if ignored is None else losses.masked_fill(ignored, 0), divisor
 

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,12 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="many more cases each, in many minutes")
+
+
+def pytest_configure(config):
+    for name, cases in (("short", 80), ("long", 3000)):
+        hypothesis.settings.register_profile(name, deadline=None, derandomize=True, max_examples=cases)
+    hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
 
 
 def pytest_collection_modifyitems(items):

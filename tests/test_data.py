@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as reference
@@ -27,7 +27,6 @@ COUNTS = dict(zip(data.FILES, (3, 1, 2, 2, 1, 4), strict=True))  # images in eac
 PICTURES = {name: RANDOM.integers(256, size=(count, 32, 32, 3), dtype=np.uint8) for name, count in COUNTS.items()}
 LABELS = {name: RANDOM.integers(10, size=count).tolist() for name, count in COUNTS.items()}
 
-checked = settings(deadline=None, derandomize=True, max_examples=50)
 seeds = st.integers(0, 2**32)
 
 
@@ -361,7 +360,6 @@ def moved(image, far_y, far_x):
     return results
 
 
-@checked
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(6, 20), st.integers(6, 20)),
     shift=st.sampled_from([0, 1 / 8, 1 / 4]),
@@ -385,7 +383,6 @@ def test_position_draws_every_flip_and_shift_for_each_image_alone():
     assert 0.45 < np.mean([flip for flip, _, _ in drawn]) < 0.55
 
 
-@checked
 @given(height=st.integers(1, 12), width=st.integers(2, 12), seed=seeds)
 def test_position_without_shift_is_undone_by_itself(height, width, seed):
     images = torch.rand(8, 3, height, width, generator=seeded(seed))
@@ -404,7 +401,6 @@ def pictures(shape, seed=0, low=0.0, high=1.0, dtype=torch.float32):
     return low + (high - low) * torch.rand(shape, generator=seeded(seed), dtype=dtype)
 
 
-@checked
 @given(
     size=st.tuples(st.integers(1, 4), st.just(3), st.integers(1, 9), st.integers(1, 9)),
     dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -528,7 +524,6 @@ def same(epoch, other):
     )
 
 
-@checked
 @given(
     count=st.integers(1, 200),
     batch_size=st.integers(1, 220),
