@@ -52,7 +52,7 @@ class ConvNet(nn.Module):
 
     @torch.no_grad()
     def whiten(self, images, eps=5e-4):
-        """Set the stem to filters that decorrelate 2x2 patches of `images`, and freeze it.
+        """Set the stem to filters that decorrelate 2x2 patches of `images`, and freeze them.
 
         Neighbouring pixels are nearly equal, so what a filter learns of one it must unlearn for the next; with the
         patches rotated to their principal axes and scaled to equal variance, the net learns faster from the first
@@ -67,8 +67,8 @@ class ConvNet(nn.Module):
         variances, axes = torch.linalg.eigh(torch.cov(patches.T))
         filters = (axes / (variances + eps).sqrt()).T.reshape(-1, 3, 2, 2)
         self.stem.weight.copy_(torch.cat([filters, -filters]))
+        self.stem.weight.requires_grad_(False)
         self.stem.bias.zero_()
-        self.stem.requires_grad_(False)
 
     @torch.no_grad()
     def pass_through(self):

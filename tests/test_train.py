@@ -193,13 +193,16 @@ def test_muon_steps_filters_along_the_orthogonalized_nesterov_gradient_at_a_fixe
         torch.testing.assert_close([shift, linear], references, rtol=1e-6, atol=1e-7)
     optimizer.zero_grad()
     assert filters.grad is None and shift.grad is None and linear.grad is None
+    filters.grad, before = torch.randn(4, 3, 3, 3), shift.clone()
+    optimizer.step()
+    assert torch.equal(shift, before)  # without a gradient nothing moves, whatever the velocity
 
 
 def test_rate_falls_linearly_and_pictures_grow_and_epochs_may_be_a_fraction(tmp_path, monkeypatch):
     seen, train_step = [], train.train_step
 
     def spy(model, optimizer, criterion, images, labels, precision):
-        seen.append((optimizer.lr, *images.shape[2:]))
+        seen.append((optimizer.lr, *images.shape[2:], model.stem.bias.requires_grad))
         return train_step(model, optimizer, criterion, images, labels, precision)
 
     monkeypatch.setattr(train, "train_step", spy)
@@ -207,7 +210,8 @@ def test_rate_falls_linearly_and_pictures_grow_and_epochs_may_be_a_fraction(tmp_
     outcome = tiny(tmp_path, "--recipe", "quick", "--epochs", 1.5, "--lr", 0.8, "--name", "run")
     assert outcome.returncode == 0, outcome.stderr
     # 40 images in batches of 16 are 3 steps an epoch, so 4 in all
-    assert seen == [(pytest.approx(0.8 * (1 - step / 4)), size, size) for step, size in enumerate((17, 17, 25, 32))]
+    sizes, stem = (17, 17, 25, 32), (True, True, False, False)
+    assert seen == [(pytest.approx(0.8 * (1 - i / 4)), sizes[i], sizes[i], stem[i]) for i in range(4)]
     assert [float(row["epoch"]) for row in rows(tmp_path / "experiments/run")] == [1, 4 / 3]
 
 
