@@ -276,6 +276,12 @@ def normalize(images):
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
+def denormalize(images):
+    """Back from what `normalize` makes to images in [0, 1], to be looked at."""
+    mean, std = (torch.tensor(values).view(3, 1, 1).to(images) for values in (MEAN, STD))
+    return images * std + mean
+
+
 class Loader:
     """Shuffled batches of a data set that is held whole, as tensors; iterating over it once is one epoch.
 

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 try:
@@ -33,6 +34,7 @@ except ImportError:  # Windows: there two processes are not kept apart
 
 import torch
 from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams
 from tqdm import tqdm
 
 import data
@@ -241,6 +243,11 @@ def build(settings, train_images):
     return model, torch.optim.Adam(model.parameters(), lr=settings["lr"])
 
 
+def learning_rate(settings, done):
+    """The rate once that share of the steps is done."""
+    return settings["lr"] * (1 - done) if settings["muon"] else settings["lr"]
+
+
 def train_step(model, optimizer, criterion, images, labels, precision):
     """One step of gradient descent. Returns the logits (B, 10), and the loss that was minimised as a float."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -306,10 +313,34 @@ def write_metrics(path, rows):
     write(path, lambda file: file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode()))
 
 
-def log(writer, row):
+CURVES = {f"{metric}/{part}": f"{part}_{metric}" for metric in ("loss", "accuracy") for part in ("train", "val")}
+
+
+def log(writer, row, lr):
     """One row of the metrics to TensorBoard, under tags that lay all runs over each other in the same charts."""
-    for metric, part in itertools.product(("loss", "accuracy"), ("train", "val")):
-        writer.add_scalar(f"{metric}/{part}", row[f"{part}_{metric}"], row["step"])
+    for tag, column in CURVES.items():
+        writer.add_scalar(tag, row[column], row["step"])
+    writer.add_scalar("learning_rate", lr, row["step"])
+
+
+def log_start(writer, settings, model, train_set):
+    """What TensorBoard shows beside the curves: some images as the network sees them, and the network's graph."""
+    generator = torch.Generator().manual_seed(settings["seed"])  # one of its own: the training draws as without this
+    images, _ = next(iter(data.Loader(*train_set, 32, settings["augment"], generator)))
+    writer.add_images("images", data.denormalize(images).cpu())
+    writer.add_scalar("learning_rate", settings["lr"], 0)
+    model.eval()
+    with warnings.catch_warnings():  # it is traced by a part of PyTorch that wants to be replaced
+        warnings.simplefilter("ignore")
+        writer.add_graph(model, images[:1])
+    model.train()
+
+
+def log_end(writer, settings):
+    """The settings beside the final figures, for TensorBoard's table of runs (HPARAMS)."""
+    values = {key: str(value) if isinstance(value, (tuple, list)) else value for key, value in settings.items()}
+    for summary in hparams(values, CURVES):
+        writer.file_writer.add_summary(summary)
 
 
 def environment():
@@ -340,7 +371,7 @@ def draw_curves(experiments):
     for path, color in zip(sorted(experiments.glob("*/metrics.csv")), colors, strict=False):
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        if not rows:  # that run has not finished its first epoch yet
+        if not rows or not rows[0].keys() >= set(COLUMNS):  # still in its first epoch, or none of ours
             continue
         for metric, panel in panels.items():
             for part, style in (("train", "o--"), ("val", "o-")):
@@ -486,8 +517,9 @@ def run(args):
     print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {precision}, channels last", flush=True)
     with claimed, SummaryWriter(str(folder)) as writer:
         write_metrics(folder / "metrics.csv", rows)
+        log_start(writer, settings, model, train_set)
         for row in rows:
-            log(writer, row)
+            log(writer, row, learning_rate(settings, row["step"] / steps))
 
         while step < steps:
             start = time.perf_counter()
@@ -495,7 +527,7 @@ def run(args):
             batches = itertools.islice(loader, steps - step)
             for images, labels in tqdm(batches, total=min(len(loader), steps - step), leave=False, disable=None):
                 if settings["muon"]:
-                    optimizer.lr = settings["lr"] * (1 - step / steps)
+                    optimizer.lr = learning_rate(settings, step / steps)
                     # The stem's shifts settle early; after that its gradient, the costliest of all, is spared
                     model.stem.bias.requires_grad_(step < 3 / 8 * steps)
                 size = next((size for size, share in settings["sizes"] if step < share * steps), images.shape[2])
@@ -520,7 +552,7 @@ def run(args):
             rows.append(row)
             save(folder)
             write_metrics(folder / "metrics.csv", rows)
-            log(writer, row)
+            log(writer, row, learning_rate(settings, step / steps))
             print(
                 f"epoch {row['epoch']:.4g} of {steps / len(loader):.4g}: "
                 f"training loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}, "
@@ -529,6 +561,7 @@ def run(args):
                 + f", {train_seconds:.1f} s",
                 flush=True,
             )
+        log_end(writer, settings)
     draw_curves(folder.parent)
     print(f"finished: {folder}{os.sep}metrics.csv, curves of all runs in {folder.parent / 'curves.png'}")
 

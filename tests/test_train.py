@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from unittest import mock
@@ -258,10 +260,24 @@ def test_the_events_hold_the_metrics(finished):
         for part in ("train", "val")
         for row in rows(finished)
     ]
+    expected[6:6] = [("learning_rate", step, pytest.approx(1e-3)) for step in (0, 3, 6, 9)]
     assert scalars(finished) == expected
 
 
-def test_tensorboard_serves_the_runs_and_their_tags(finished):
+def test_the_learning_rate_of_muon_falls_linearly_to_0(tmp_path):
+    assert tiny(tmp_path, "--recipe", "quick", "--lr", 0.2, "--epochs", 2, "--name", "run").returncode == 0
+    points = [(step, value) for tag, step, value in scalars(tmp_path / "experiments/run") if tag == "learning_rate"]
+    assert points == [(0, pytest.approx(0.2)), (3, pytest.approx(0.1)), (6, 0)]
+
+
+def ask_tensorboard(address, run, query, posted=None):
+    body = json.dumps(posted).encode() if posted else None
+    request = urllib.request.Request(address + query.format(run), body, {"Content-Type": "application/json"})
+    answer = urllib.request.urlopen(request, timeout=30).read().decode()
+    return json.loads(answer) if answer[:1] in "[{" else answer
+
+
+def test_tensorboard_serves_curves_images_graph_and_settings(finished):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -271,12 +287,21 @@ def test_tensorboard_serves_the_runs_and_their_tags(finished):
             for line in server.stderr:  # it says when it is ready
                 if "Press CTRL+C" in line:
                     break
-            url = f"http://127.0.0.1:{port}/data/plugin/scalars/"
-            tags = json.load(urllib.request.urlopen(url + "tags", timeout=30))
-            assert set(tags[finished.name]) == {"loss/train", "loss/val", "accuracy/train", "accuracy/val"}
-            query = f"scalars?run={finished.name}&tag=loss/val"
-            points = json.load(urllib.request.urlopen(url + query, timeout=30))
-            assert [step for _, step, _ in points] == [3, 6, 9]
+            ask = functools.partial(ask_tensorboard, f"http://127.0.0.1:{port}/data/plugin/", finished.name)
+            curves = {"loss/train", "loss/val", "accuracy/train", "accuracy/val"}
+            assert set(ask("scalars/tags")[finished.name]) == {*curves, "learning_rate"}
+            assert [step for _, step, _ in ask("scalars/scalars?run={}&tag=loss/val")] == [3, 6, 9]
+            (images,) = ask("images/tags")[finished.name]
+            assert len(ask(f"images/images?run={{}}&tag={urllib.parse.quote(images)}")) == 1
+            graph = ask("graphs/graph?run={}&conceptual=false")
+            assert "Conv2d" in graph and "BatchNorm2d" in graph and "Linear" in graph
+            asked = {"allowedStatuses": ["STATUS_SUCCESS"], "startIndex": 0, "sliceSize": 10}
+            table = ask("hparams/session_groups", asked)
+            (run,) = table["sessionGroups"]
+            assert run["hparams"].items() >= {"lr": 1e-3, "recipe": "baseline", "seed": 0}.items()
+            final = {metric["name"]["tag"]: metric["value"] for metric in run["metricValues"]}
+            last = rows(finished)[-1]
+            assert final == {tag: pytest.approx(float(last["_".join(tag.split("/")[::-1])])) for tag in curves}
         finally:
             server.kill()
 
@@ -290,6 +315,8 @@ def test_curves_show_every_run(finished, tmp_path):
         (tmp_path / name / "metrics.csv").write_text((finished / "metrics.csv").read_text())
     (tmp_path / "begun").mkdir()
     train.write_metrics(tmp_path / "begun" / "metrics.csv", [])  # a run in its first epoch has nothing to show yet
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "metrics.csv").write_text("time,value\n1,2\n")
     train.draw_curves(tmp_path)
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.tobytes() != before
