@@ -8,7 +8,6 @@ Covariate Shift", 2015, arXiv:1502.03167 (below: the paper).
 """
 
 import base64
-import sys
 import zlib
 
 import numpy as np
@@ -161,7 +160,7 @@ def main():
 
     rng = np.random.RandomState(14)  # the figure's seed, and below the figure's order of draws
     w1, w2 = rng.randn(784, 16), rng.randn(16, 1)
-    # momentum=1: the running statistics are always those of the last batch
+    # momentum=1: the running statistics are those of the last batch alone; their average is taken below
     bn = BatchNorm(16, momentum=1)
     bn.gamma, bn.beta = rng.randn(16), rng.randn(16)
 
@@ -215,4 +214,4 @@ F6AQ#sySnsrIRS>8IZ;3_Dg*DLz_nDAcPl~?ppTBl&mj;H8-LLn4xkr3@|4x^4t3Zy6_Lv5Z{K!EKWkS
 """
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

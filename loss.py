@@ -51,20 +51,16 @@ class CrossEntropyLoss(nn.Module):
         """
         if logits.ndim == 0 or not logits.is_floating_point():
             raise ValueError(f"logits must be floating point (N, C, ...), got {logits.dtype} {tuple(logits.shape)}")
-        if logits.ndim == 1:  # a single sample is a batch of one
-            losses, divisor = self._losses(logits[None], targets[None])
-            losses = losses.squeeze(0)
-        else:
-            losses, divisor = self._losses(logits, targets)
+        losses, divisor = self._losses(logits, targets, dim=min(1, logits.ndim - 1))
         if self.reduction == "sum":
             losses = losses.sum()
         elif self.reduction == "mean":
             losses = losses.sum() / divisor
         return losses.to(logits.dtype)
 
-    def _losses(self, logits, targets):
-        """The loss of each sample (N, d1, ...) and what the mean divides their sum by."""
-        classes = logits.shape[1]
+    def _losses(self, logits, targets, dim):
+        """The loss of each sample (N, d1, ...) and what the mean divides their sum by; `dim` is that of the classes."""
+        classes = logits.shape[dim]
         weight, smoothing = self.weight, self.label_smoothing
         if weight is not None and weight.shape != (classes,):
             raise ValueError(f"weight must have shape ({classes},) for {classes} classes, got {tuple(weight.shape)}")
@@ -72,11 +68,11 @@ class CrossEntropyLoss(nn.Module):
             logits = logits.float()  # sums of half precision numbers overflow, or lose most of their digits
         # log p = z - log sum exp z holds for logits z shifted by any constant. With the largest one shifted to 0, exp
         # cannot overflow and log p keeps its digits however large the logits are.
-        shifted = logits - logits.detach().amax(dim=1, keepdim=True)
-        log_sum = shifted.exp().sum(dim=1).log()
+        shifted = logits - logits.detach().amax(dim, keepdim=True)
+        log_sum = shifted.exp().sum(dim).log()
 
         if targets.shape == logits.shape:
-            return self._probability_losses(shifted, log_sum, targets)
+            return self._probability_losses(shifted, log_sum, targets, dim)
         if targets.shape != log_sum.shape:
             raise ValueError(
                 f"targets must be classes of shape {tuple(log_sum.shape)} or probabilities of shape "
@@ -95,7 +91,7 @@ class CrossEntropyLoss(nn.Module):
                 low, high = map(int, targets.aminmax())
             if low < 0 or high >= classes:
                 raise IndexError(f"class {low if low < 0 else high} is outside [0, {classes})")
-        losses, divisor = log_sum - shifted.gather(1, targets[:, None]).squeeze(1), targets.numel()
+        losses, divisor = log_sum - shifted.gather(dim, targets.unsqueeze(dim)).squeeze(dim), targets.numel()
         if weight is not None or ignored is not None:
             of_class = torch.ones_like(log_sum) if weight is None else weight.to(log_sum.dtype)[targets]
             losses = of_class * losses
@@ -103,23 +99,23 @@ class CrossEntropyLoss(nn.Module):
         if smoothing:
             # Without weights the sum over the classes needs no (N, C) of its own
             plain = weight is None
-            of_all = classes * log_sum - shifted.sum(dim=1) if plain else self._minus_log_p(shifted, log_sum)
+            of_all = classes * log_sum - shifted.sum(dim) if plain else self._minus_log_p(shifted, log_sum, 1, dim)
             losses = (1 - smoothing) * losses + smoothing / classes * of_all
         return losses if ignored is None else losses.masked_fill(ignored, 0), divisor
 
-    def _probability_losses(self, shifted, log_sum, targets):
+    def _probability_losses(self, shifted, log_sum, targets, dim):
         if not targets.is_floating_point():
             raise ValueError(f"probabilities must be floating point, got {targets.dtype}")
         if self.ignore_index >= 0:
             raise ValueError(f"ignore_index {self.ignore_index} goes with classes, got probabilities")
         targets = targets.to(shifted.dtype)
         if self.label_smoothing:
-            targets = targets * (1 - self.label_smoothing) + self.label_smoothing / shifted.shape[1]
-        return self._minus_log_p(shifted, log_sum, targets), log_sum.numel()
+            targets = targets * (1 - self.label_smoothing) + self.label_smoothing / shifted.shape[dim]
+        return self._minus_log_p(shifted, log_sum, targets, dim), log_sum.numel()
 
-    def _minus_log_p(self, shifted, log_sum, targets=1):
+    def _minus_log_p(self, shifted, log_sum, targets, dim):
         """-sum_c w[c] targets[c] log p[c] of each sample."""
-        terms = targets * (log_sum[:, None] - shifted)
+        terms = targets * (log_sum.unsqueeze(dim) - shifted)
         if self.weight is not None:
-            terms = terms * self.weight.to(shifted.dtype).view(-1, *[1] * (shifted.ndim - 2))
-        return terms.sum(dim=1)
+            terms = terms * self.weight.to(shifted.dtype).view(-1, *[1] * (shifted.ndim - 1 - dim))
+        return terms.sum(dim)

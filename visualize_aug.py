@@ -7,7 +7,6 @@ what is seen here at 512x512 is what happens at 32x32.
 """
 
 import argparse
-import sys
 import warnings
 from pathlib import Path
 
@@ -70,15 +69,15 @@ def main():
     output = args.output or Path(f"{args.image.stem}_aug.png")
     try:
         images = read(args.image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
+    except Exception as problem:  # Pillow has many, and no class of its own for all of them
         reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else problem
         parser.exit(1, f"visualize_aug.py: {args.image} cannot be read as a picture: {reason}\n")
     try:
-        draw(images).savefig(output, format="png", dpi=100)
+        draw(images).savefig(output, format="png", dpi=90)
     except OSError as problem:
         parser.exit(1, f"visualize_aug.py: cannot write {output}: {problem.strerror or problem}\n")
     print(f"saved {output}: original, position, color")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

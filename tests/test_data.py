@@ -274,7 +274,7 @@ def test_without_any_source_one_line_says_what_to_put_where(site, root, install_
 
 def test_too_little_disk_space_is_said_before_anything_is_fetched(site, root, monkeypatch):
     monkeypatch.setattr(data, "SPACE", 10**18)
-    with pytest.raises(OSError, match=r"less space left.*datasets"):
+    with pytest.raises(data.DataError, match=r"less space left.*datasets"):
         data.load_cifar10(root)
     assert found(root) == {} and not site.requests
 

@@ -44,7 +44,7 @@ def test_shapes_are_those_of_the_docstring():
     for part in (model.stem, *model.groups, model.head):
         part.register_forward_hook(lambda part, inputs, output: shapes.append(tuple(output.shape[1:])))
     model(noise(2, 3, 32, 32))
-    assert shapes == [(24, 31, 31), (32, 15, 15), (64, 7, 7), (128, 3, 3), (10,)]
+    assert shapes == [(24, 31, 31), (32, 15, 15), (80, 7, 7), (160, 3, 3), (10,)]
     for shape in shapes[:4]:
         assert "(B, {:>3}, {:>2}, {:>2})".format(*shape) in network.ConvNet.__doc__
 
@@ -59,9 +59,9 @@ def test_head_takes_the_maximum_over_the_pixels():
 
 def test_number_of_parameters():
     stem = 3 * 2 * 2 * 24 + 24
-    groups = sum(9 * a * b + 9 * b * b + 2 * (b + b) for a, b in [(24, 32), (32, 64), (64, 128)])  # no biases; 2 norms
-    head = 128 * 10 + 10
-    assert sum(parameter.numel() for parameter in net().parameters()) == stem + groups + head == 295_106
+    groups = sum(9 * a * b + 9 * b * b + 2 * (b + b) for a, b in [(24, 32), (32, 80), (80, 160)])  # no biases; 2 norms
+    head = 160 * 10 + 10
+    assert sum(parameter.numel() for parameter in net().parameters()) == stem + groups + head == 445_378
 
 
 def test_gradients_reach_every_parameter():
@@ -133,7 +133,7 @@ def test_scales_are_fixed_where_they_do_no_more_than_scale():
     assert len(norms) == 6
     assert frozen == {f"{name}.weight" for name in norms} | {"head.bias"}
     assert all((model.get_submodule(name).weight == 1).all() for name in norms)
-    assert {model.get_submodule(name).momentum for name in norms} == {0.4}
+    assert {model.get_submodule(name).momentum for name in norms} == {0.2}
     assert not model.head.bias.any()
     assert model.head.weight.std().item() == pytest.approx(1 / 1000, rel=0.05)
 

@@ -1,6 +1,7 @@
 """Training: files, curves, resuming and errors, on a tiny data set; and, where it is there, on the real one."""
 
 import contextlib
+import copy
 import csv
 import functools
 import io
@@ -43,8 +44,8 @@ torch.set_num_threads(1)
 """
 
 
-def tiny(cwd, *flags):
-    """Run train.py with `flags` on the tiny set, in the folder `cwd`; its exit code and what it printed."""
+def tiny(cwd, *flags, code=""):
+    """Run train.py with `flags` on the tiny set, in the folder `cwd`, after `code`; exit code and what it printed."""
     out, err, here = io.StringIO(), io.StringIO(), Path.cwd()
     argv = ["train.py", "--batch-size", "16", *map(str, flags)]
     recipes = {name: {**recipe} for name, recipe in train.RECIPES.items()}
@@ -55,7 +56,7 @@ def tiny(cwd, *flags):
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        exec(TINY)
+        exec(TINY + code, {})
         os.chdir(cwd)
         try:
             train.main()
@@ -68,10 +69,20 @@ def tiny(cwd, *flags):
 
 
 def tiny_process(cwd, *flags, code):
-    """The same as a process of its own, after running `code` in it."""
-    command = [sys.executable, "-c", TINY + code + "\ntrain.main()", "--batch-size", "16", *map(str, flags)]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    """The same in a process of its own, for what changes more than this module; forked, as importing takes seconds."""
+    reader, writer = os.pipe()  # no file: on a full disk there is no room for one
+    pid = os.fork()
+    if pid == 0:
+        try:
+            outcome = tiny(cwd, *flags, code=code)
+            os.write(writer, json.dumps([outcome.returncode, outcome.stdout, outcome.stderr]).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        outcome = json.load(file)
+    os.waitpid(pid, 0)
+    return subprocess.CompletedProcess(flags, *outcome)
 
 
 def rows(folder):
@@ -134,6 +145,26 @@ def test_a_tiny_set_is_learnt_to_zero_error(recipe):
     assert train.evaluate(model, images, labels, "fp32")[1] == 1
 
 
+def test_a_step_in_parts_is_the_step_of_the_whole_batch():
+    generator, sizes = torch.Generator().manual_seed(0), []
+    images, labels = torch.randn(501, 3, 2, 2, generator=generator), torch.arange(501) % 10
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
+    reference = copy.deepcopy(model)
+    model.register_forward_hook(lambda module, inputs, outputs: sizes.append(len(outputs)))
+    sgd, reference_sgd = (torch.optim.SGD(net.parameters(), lr=0.5) for net in (model, reference))
+    for _ in range(2):  # the second step shows whether gradients of the first are left over
+        logits, loss = train.train_step(model, sgd, CrossEntropyLoss(), images, labels, "fp32")
+        expected_logits = reference(images)
+        expected_loss = torch.nn.functional.cross_entropy(expected_logits, labels)
+        reference_sgd.zero_grad()
+        expected_loss.backward()
+        reference_sgd.step()
+        torch.testing.assert_close(logits, expected_logits.detach(), rtol=1e-5, atol=1e-6)
+        assert loss == pytest.approx(expected_loss.item(), rel=1e-5)
+        torch.testing.assert_close([*model.parameters()], [*reference.parameters()], rtol=1e-5, atol=1e-6)
+    assert sizes == [167] * 6
+
+
 def test_evaluate_is_the_mean_over_all_images_in_evaluation_mode():
     settings = {**train.RECIPES["baseline"], "seed": 0, "widths": (4, 4, 4)}
     images = torch.randint(256, (1003, 3, 32, 32), dtype=torch.uint8)
@@ -149,9 +180,9 @@ def test_evaluate_is_the_mean_over_all_images_in_evaluation_mode():
 
 def test_views_are_mirrored_and_shifted_by_a_pixel_and_weigh_one_with_the_plain_one():
     image = torch.rand(1, 3, 32, 32)
-    mirrored, *shifted = train.views(image)
-    assert torch.equal(mirrored[0], image.flip(3))
-    assert 0.25 + mirrored[1] + sum(weight for _, weight in shifted) == 1
+    plain, mirrored, *shifted = train.views(image)
+    assert torch.equal(plain[0], image) and torch.equal(mirrored[0], image.flip(3))
+    assert [weight for _, weight in (plain, mirrored, *shifted)] == [0.25] * 2 + [0.125] * 4
     inside, outside = slice(1, 32), slice(0, 31)
     assert torch.equal(shifted[0][0][..., inside, inside], image[..., outside, outside])
     assert torch.equal(shifted[2][0][..., outside, outside], image[..., inside, inside])
@@ -193,9 +224,7 @@ def test_muon_steps_filters_along_the_orthogonalized_nesterov_gradient_at_a_fixe
         sgd.step()
         torch.testing.assert_close(filters.detach().flatten(1), expected)
         torch.testing.assert_close([shift, linear], references, rtol=1e-6, atol=1e-7)
-    optimizer.zero_grad()
-    assert filters.grad is None and shift.grad is None and linear.grad is None
-    filters.grad, before = torch.randn(4, 3, 3, 3), shift.clone()
+    filters.grad, shift.grad, before = torch.randn(4, 3, 3, 3), None, shift.clone()
     optimizer.step()
     assert torch.equal(shift, before)  # without a gradient nothing moves, whatever the velocity
 
@@ -314,10 +343,12 @@ def test_curves_show_every_run(finished, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text((finished / "metrics.csv").read_text())
     (tmp_path / "begun").mkdir()
-    train.write_metrics(tmp_path / "begun" / "metrics.csv", [])  # a run in its first epoch has nothing to show yet
+    train.write_csv(tmp_path / "begun" / "metrics.csv", train.COLUMNS, [])  # in its first epoch: nothing to show yet
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "metrics.csv").write_text("time,value\n1,2\n")
-    train.draw_curves(tmp_path)
+    runs = train.finished_epochs(tmp_path)
+    assert list(runs) == ["a", "b"] and runs["a"] == rows(finished)
+    train.draw_curves(tmp_path / "curves.png", runs)
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.tobytes() != before
 
@@ -392,11 +423,11 @@ def test_a_killed_run_resumes_to_the_very_same_end(tmp_path, recipe, request):
     (whole := tmp_path / "whole").mkdir()
     everywhere, saving = moments_of(whole, *flags)
     chance = random.Random(0)
-    for number in range(60 if request.config.getoption("--long") else 6):
+    for number in range(60 if request.config.getoption("--long") else 3):
         (cwd := tmp_path / str(number)).mkdir()
         folder = cwd / "experiments/run"
         # The first kill is anywhere or while something is saved; some are killed again after they have been resumed
-        status = mortal(cwd, *flags, kill_at=chance.choice(saving if number % 2 else everywhere))
+        status = mortal(cwd, *flags, kill_at=chance.choice(everywhere if number % 2 else saving))
         assert status == signal.SIGKILL
         if folder.exists() and number % 3 == 0:
             mortal(cwd, *flags, "--resume", kill_at=chance.choice(everywhere) // 2)
@@ -405,7 +436,7 @@ def test_a_killed_run_resumes_to_the_very_same_end(tmp_path, recipe, request):
         assert outcome.returncode == 0, outcome
         assert agree(whole / "experiments/run", folder)
         assert scalars(whole / "experiments/run") == scalars(folder)  # no point twice, none missing
-        assert (cwd / "experiments/curves.png").exists()
+        assert (cwd / "experiments/curves.png").exists() and not list(folder.glob("*.part"))
 
 
 def test_ctrl_c_and_sigterm_say_how_to_go_on(tmp_path):
@@ -439,6 +470,7 @@ def complaint(outcome, code):
         (("--batch-size", "1e3"), "--batch-size"),
         (("--batch-size", "9" * 5000), "--batch-size"),
         (("--seed", "9" * 30), "--seed"),
+        (("--seed", "9" * 400), "--seed"),
         (("--batch-size", "1"), "--batch-size"),
         (("--batch-size", "2.5"), "--batch-size"),
         (("--seed", "-1"), "--seed"),
@@ -535,6 +567,27 @@ def test_a_checkpoint_that_does_not_fit_is_refused(finished, tmp_path, tamper):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_of_a_device_that_is_gone_goes_on_on_another(finished, tmp_path):
+    folder = tmp_path / "experiments/run"
+    shutil.copytree(finished, folder)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state["settings"]["device"] = "cuda"
+    torch.save(state, folder / "checkpoint.pt")
+    assert "--device" in complaint(tiny(tmp_path, "--name", "run", "--resume"), 2)
+    assert tiny(tmp_path, "--name", "run", "--resume", "--device", "cpu").returncode == 0
+
+
+def test_resume_finds_the_newest_of_a_name_when_older_ones_are_gone(tmp_path):
+    for _ in range(3):
+        assert tiny(tmp_path, "--epochs", 1).returncode == 0
+    *older, newest = sorted((tmp_path / "experiments").glob("*/"))
+    for folder in older:
+        shutil.rmtree(folder)
+    outcome = tiny(tmp_path, "--epochs", 1, "--resume")
+    assert outcome.returncode == 0 and newest.name.endswith("-3") and newest.name in outcome.stdout
+
+
 @pytest.mark.parametrize(
     "error", ["MemoryError()", "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried ...')"]
 )
@@ -557,6 +610,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     outcome = tiny(tmp_path, "--lr", "1e30", "--name", "run")
     line = complaint(outcome, 1)
     assert re.search(r"loss is (nan|inf) at step \d+", line) and "--lr" in line
+    assert torch.load(tmp_path / "experiments/run/checkpoint.pt", weights_only=True)["step"] == 0
+
+
+def test_a_net_that_the_last_step_of_an_epoch_has_broken_is_not_saved(tmp_path):
+    code = "train.evaluate = lambda *arguments, **options: (float('nan'), 0.1, None)"
+    line = complaint(tiny_process(tmp_path, "--name", "run", code=code), 1)
+    assert "validation loss is nan" in line and "--lr" in line
     assert torch.load(tmp_path / "experiments/run/checkpoint.pt", weights_only=True)["step"] == 0
 
 
