@@ -581,7 +581,7 @@ def test_a_run_of_a_device_that_is_gone_goes_on_on_another(finished, tmp_path):
 def test_resume_finds_the_newest_of_a_name_when_older_ones_are_gone(tmp_path):
     for _ in range(3):
         assert tiny(tmp_path, "--epochs", 1).returncode == 0
-    *older, newest = sorted((tmp_path / "experiments").glob("*/"))
+    *older, newest = sorted(path.parent for path in tmp_path.glob("experiments/*/metrics.csv"))
     for folder in older:
         shutil.rmtree(folder)
     outcome = tiny(tmp_path, "--epochs", 1, "--resume")
@@ -643,5 +643,5 @@ def test_some_seconds_on_the_real_cifar10_give_more_than_60_percent(tmp_path):
     command = [sys.executable, SCRIPT, "--recipe", "quick", "--epochs", "0.3", "--data", SCRIPT.parent / "datasets"]
     outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr
-    (row,) = rows(next(tmp_path.glob("experiments/*/")))
+    (row,) = rows(next(tmp_path.glob("experiments/*/metrics.csv")).parent)
     assert float(row["val_accuracy"]) > 0.6
