@@ -1,7 +1,9 @@
 """Speed, always as a ratio of two things that are measured in turn in the same run: seconds alone say little.
 
-python tests/bench.py            what needs no training, in a few minutes
-python tests/bench.py --train    also the recipes, as `python results/make.py speed` does
+    python tests/bench.py            what needs no training, in a few minutes
+    python tests/bench.py --train    also the recipes, as `python results/make.py speed` does
+
+What "scaled" seconds and units are, results/make.py tells.
 """
 
 import argparse

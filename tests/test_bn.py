@@ -222,6 +222,7 @@ def test_bn_py_prints_figure_1(tmp_path):
     for line in figure:
         start, loss = line.rsplit(": ", 1)
         assert printed[start].startswith(loss)  # the figure cuts two of them short
+    assert printed["validation loss"] == loss  # the last, in full
 
 
 def test_bn_py_imports_nothing_but_numpy_and_the_standard_library():
