@@ -108,7 +108,6 @@ class CrossEntropyLoss(nn.Module):
             raise ValueError(f"probabilities must be floating point, got {targets.dtype}")
         if self.ignore_index >= 0:
             raise ValueError(f"ignore_index {self.ignore_index} goes with classes, got probabilities")
-        targets = targets.to(shifted.dtype)
         if self.label_smoothing:
             targets = targets * (1 - self.label_smoothing) + self.label_smoothing / shifted.shape[dim]
         return self._minus_log_p(shifted, log_sum, targets, dim), log_sum.numel()
@@ -117,5 +116,5 @@ class CrossEntropyLoss(nn.Module):
         """-sum_c w[c] targets[c] log p[c] of each sample."""
         terms = targets * (log_sum.unsqueeze(dim) - shifted)
         if self.weight is not None:
-            terms = terms * self.weight.to(shifted.dtype).view(-1, *[1] * (shifted.ndim - 1 - dim))
+            terms = terms * self.weight.view(-1, *[1] * (shifted.ndim - 1 - dim))
         return terms.sum(dim)

@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -304,6 +305,29 @@ def test_archive_put_by_hand_needs_no_network(site, root):
     data.load_cifar10(root)
     assert found(root) == {"cifar-10-binary.tar.gz": ARCHIVE, **WHOLE}
     assert not site.requests
+
+
+def test_a_member_that_would_land_elsewhere_lands_nowhere(site, root, monkeypatch):
+    members = {f"{data.FOLDER}/{name}": raw for name, raw in FILES.items()}
+    archive = packed({"../elsewhere": b"!", f"{root.parent}/elsewhere": b"!", **members})
+    monkeypatch.setitem(data.MD5, data.ARCHIVE, hashlib.md5(archive).hexdigest())  # even if it were the right one
+    site.respond = lambda handler: handler.answer(archive, len(archive))
+    data.load_cifar10(root)
+    assert found(root) == WHOLE and not [*root.parent.rglob("elsewhere")]
+
+
+def test_two_that_download_at_once_into_one_folder_both_get_the_data(site, root):
+    together = threading.Barrier(2, timeout=10)
+
+    def respond(handler):
+        together.wait()  # neither gets an answer before both have asked
+        good(handler)
+
+    site.respond = respond
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(data.load_cifar10, [root, root])
+    assert all(map(torch.equal, chain(*one), chain(*other))) and len(site.requests) == 2
+    assert found(root) == WHOLE
 
 
 def test_damaged_archive_put_by_hand_is_passed_over(site, root):

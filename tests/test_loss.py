@@ -84,8 +84,8 @@ def test_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_huge_logits_stay_finite_and_exact(dtype, smoothing):
-    logits = torch.tensor([[1e4, 1e4, -1e4], [1e4, -1e4, 0.0], [-1e4, 1e4, 1e4]]).to(dtype).requires_grad_()
-    targets = torch.tensor([0, 0, 0])
+    logits = torch.tensor([[1e4, 1e4, -1e4], [1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [-1e4, -1e4, -2e4]])
+    logits, targets = logits.to(dtype).requires_grad_(), torch.zeros(4, dtype=torch.long)
     loss = CrossEntropyLoss(reduction="none", label_smoothing=smoothing)(logits, targets)
     (gradient,) = torch.autograd.grad(loss.float().sum(), logits)
     precise = logits.detach().double().requires_grad_()
@@ -110,6 +110,16 @@ def test_ten_half_precision_classes_do_not_overflow_on_the_way():
     logits[0, 0] = 1e4  # the ten losses of 2e4 that smoothing adds up are more than float16 holds
     loss = CrossEntropyLoss(label_smoothing=0.5)(logits, torch.tensor([0]))
     assert loss.item() == pytest.approx(0.05 * 9 * 2e4, rel=1e-2)
+
+
+def test_the_summed_weights_of_half_precision_do_not_overflow():
+    loss = CrossEntropyLoss(weight=torch.ones(2, dtype=torch.float16))
+    logits, targets = torch.zeros(70_000, 2, dtype=torch.float16), torch.zeros(70_000, dtype=torch.long)
+    assert loss(logits, targets).item() == pytest.approx(math.log(2), rel=1e-3)
+
+
+def test_ignore_index_may_be_one_more_than_the_last_class():
+    compare(torch.randn(3, 4, dtype=torch.float64), torch.tensor([1, 4, 3]), ignore_index=4)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -171,8 +181,9 @@ def test_arguments_out_of_range_are_named():
             CrossEntropyLoss(**{name: value})
     with pytest.raises(ValueError, match=r"\(3,\).*\(2,\)"):
         CrossEntropyLoss(weight=torch.ones(2))(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
-    with pytest.raises(ValueError, match="ignore_index 1"):
-        CrossEntropyLoss(ignore_index=1)(torch.zeros(4, 3), torch.ones(4, 3) / 3)
+    for index in (0, 1):
+        with pytest.raises(ValueError, match=f"ignore_index {index} goes"):
+            CrossEntropyLoss(ignore_index=index)(torch.zeros(4, 3), torch.ones(4, 3) / 3)
 
 
 def test_the_loss_is_written_out_and_not_torchs_own():

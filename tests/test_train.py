@@ -500,6 +500,12 @@ def test_a_name_in_use_is_not_overwritten(finished):
     assert finished.name in line and "--name" in line
 
 
+def test_a_name_may_have_spaces_and_dots(tmp_path):
+    for name in ("my 1st run", "..dots", "-minus"):
+        assert tiny(tmp_path, f"--name={name}", "--epochs", 1).returncode == 0
+        assert len(rows(tmp_path / "experiments" / name)) == 1
+
+
 def test_of_two_runs_that_start_at_once_under_one_name_the_second_is_told_so(tmp_path):
     code = """
 import os
