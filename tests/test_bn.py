@@ -209,7 +209,7 @@ def test_training_needs_two_rows_and_inference_does_not(rows):
 def test_other_misuse_is_named():
     layer = bn.BatchNorm(3)
     layer.eval().forward(np.zeros((4, 3)))
-    with pytest.raises(RuntimeError, match="^backward needs a forward in training mode first$"):
+    with pytest.raises(RuntimeError, match=r"^backward needs a forward in training mode first$"):
         layer.train().backward(np.zeros((4, 3)))
     for dtype in (np.int64, np.float16, complex):
         with pytest.raises(ValueError, match=f"^x must .* got {np.dtype(dtype).name}"):
