@@ -167,6 +167,13 @@ def test_data_far_from_zero_is_still_normalised(offset):
     np.testing.assert_allclose(layer.running_var, spread.var(0, ddof=1), rtol=1e-6)
 
 
+def test_the_running_mean_has_more_digits_than_a_sum_in_float32():
+    x = np.random.default_rng(0).normal(1e4, 1, (5000, 4)).astype(np.float32)
+    layer = bn.BatchNorm(4, momentum=1)
+    layer.forward(x)
+    np.testing.assert_allclose(layer.running_mean, x.mean(0, dtype=np.float64), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e8, 0.1])
 def test_a_constant_channel_gives_beta_and_finite_gradients(value):
     layer = bn.BatchNorm(2)
