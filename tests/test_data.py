@@ -4,6 +4,7 @@ import ast
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import re
@@ -374,14 +375,18 @@ def test_a_terminal_sees_how_much_of_the_archive_has_come(site, root, monkeypatc
 def test_a_terminal_sees_how_much_of_the_package_has_come(site, root, install_npm, monkeypatch, tmp_path):
     site.respond = not_found
     install_npm(PACKAGE)
-    script, looks = tmp_path / "bin/npm", []
-    script.write_text(script.read_text().replace("exit 0", f"read line < '{tmp_path}/seen'\nexit 0"))
-    os.mkfifo(tmp_path / "seen")  # npm waits here until the package that it has brought was seen
+    script, looks = tmp_path / "bin/npm", itertools.count(1)
+    told = f"echo > '{tmp_path}/brought'\nread line < '{tmp_path}/seen'\n"
+    script.write_text(script.read_text().replace("exit 0", told + "exit 0"))
+    for name in ("brought", "seen"):
+        os.mkfifo(tmp_path / name)  # opening it takes until the other side does
 
     def look(seconds):
-        looks.append([*root.glob("download-*/*.tgz")])
-        if sum(map(bool, looks)) == 3:
-            (tmp_path / "seen").write_text("yes\n")
+        number = next(looks)
+        if number == 1:
+            (tmp_path / "brought").read_text()
+        if number == 3:
+            (tmp_path / "seen").write_text("go on\n")
 
     monkeypatch.setattr(data.time, "sleep", look)
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
