@@ -140,7 +140,7 @@ def _from_site(root, scratch):
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(scratch / ARCHIVE, "wb") as file:
             size = int(answer.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(answer, "read", total=size, unit="B", unit_scale=True, disable=None) as body:
+            with tqdm.wrapattr(answer, "read", total=size, disable=None) as body:
                 shutil.copyfileobj(body, file)
     except (OSError, ValueError, http.client.HTTPException) as problem:
         raise DataError(f"{url} gave no file ({problem})") from None
