@@ -94,18 +94,20 @@ class BatchNorm:
     def backward(self, dy):
         """Gradients of a loss by the input and the parameters of the last forward in training mode.
 
-        With n = (x - mean) * inv_std, so that y = gamma * n + beta, the sums over the batch give
+        With n = (x - mean) * inv_std, the paper's x-hat, y is gamma * n + beta. Section 3 of the paper goes backwards
+        from y to x, which reaches the loss through n directly and through mean and var; sums are over the batch:
 
             dbeta = sum(dy)        dgamma = sum(dy * n)        dn = gamma * dy
 
-        x reaches the loss through n directly and through mean and var. In n the two only centre and scale, so n does
-        not change when x moves along a constant or along n itself: dx is dn without its parts in those directions,
+            dvar  = sum(dn * (x - mean)) * -1/2 * inv_std^3  =  -1/2 * inv_std^2 * sum(dn * n)
+            dmean = -inv_std * sum(dn)                          (var adds nothing, as sum(x - mean) = 0)
+            dx    = inv_std * dn + dvar * 2 (x - mean) / B + dmean / B
+                  = inv_std * (dn - mean(dn) - n * mean(dn * n))
 
-            dx = inv_std * (dn - mean(dn) - n * mean(dn * n))
+        As mean(dn) = gamma * dbeta / B and mean(dn * n) = gamma * dgamma / B, nothing needs to be summed twice. With
+        gamma (that of the forward) and inv_std taken out together, as scale, what is computed below is
 
-        which is the paper's list of derivatives (section 3) put together. As mean(dn) = gamma * dbeta / B and
-        mean(dn * n) = gamma * dgamma / B, nothing is summed twice. n is written out below, as centered * inv_std, and
-        gamma is that of the forward.
+            dx    = scale * (dy - dbeta / B - (x - mean) * inv_std * dgamma / B)
 
         Args:
             dy: (B, C), gradient of the loss by forward's result.
@@ -147,7 +149,7 @@ def sigmoid(z):
 
 
 def binary_cross_entropy(logits, targets):
-    """Summed -t log(p) - (1 - t) log(1 - p) of p = sigmoid(logits), as one expression that never takes log(0)."""
+    """Summed -t log(p) - (1 - t) log(1 - p) of p = sigmoid(z): log(1 + exp(z)) - t z, which never takes log(0)."""
     return np.sum(np.logaddexp(0, logits) - targets * logits)
 
 
@@ -171,9 +173,9 @@ def main():
         logits = hidden @ w2
         print(f"iteration: {iteration}, loss: {binary_cross_entropy(logits, targets):.6f}")
         mean_sum += bn.running_mean
-        std_sum += np.sqrt(bn.running_var * (len(x) - 1) / len(x))
+        std_sum += np.sqrt(bn.running_var * (len(x) - 1) / len(x))  # sigma is the biased one
 
-        dlogits = sigmoid(logits) - targets
+        dlogits = sigmoid(logits) - targets  # p - t, the derivative of log(1 + exp(z)) - t z
         dw2 = hidden.T @ dlogits
         dy = dlogits @ w2.T * hidden * (1 - hidden)
         dx, dgamma, dbeta = bn.backward(dy)

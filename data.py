@@ -186,13 +186,13 @@ def _from_npm(root, scratch):
 
 
 def position(images, generator, shift=1 / 16, flip=None):
-    """Position augmentation: a horizontal flip of half of the images and a shifted crop, padded by reflection.
+    """Position augmentation: a horizontal flip or none, and a shifted crop, padded by reflection.
 
     Args:
         images: (B, C, H, W), any dtype; not modified.
         generator: CPU torch.Generator, the source of every image's own flip and shift.
         shift: the farthest shift, as a fraction of the height and of the width (1/16 is 2 pixels of 32).
-        flip: (B,) bool, which images to flip; None draws half of them.
+        flip: (B,) bool, which images to flip; None flips each with probability 1/2.
 
     Returns:
         (B, C, H, W) of the same dtype.
@@ -248,6 +248,7 @@ def color(images, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0
     turn = third + torch.cos(2 * math.pi * h) * (eye - third) + torch.sin(2 * math.pi * h) * cross  # Rodrigues
     pixels = images.flatten(2)
     mean_grey = luma[:1] @ pixels.mean(2, keepdim=True)  # (B, 1, 1)
+    # What contrast adds is grey, and greys pass through the other two unchanged: the rows of their matrices sum to 1.
     mixed = torch.baddbmm((1 - c) * b * mean_grey, turn @ saturate * (c * b), pixels)
     return mixed.clamp_(0, 1).view_as(images)
 

@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -83,7 +84,7 @@ class UsageError(Exception):
 
 
 def number(kind, low, high=sys.float_info.max, above=False):
-    """An argparse type: a number of `kind` from `low` (or only above it) to `high`; neither nan nor infinity is."""
+    """An argparse type: a number of `kind` from `low` (or only above it) to `high`; nan and infinity are refused."""
 
     def parse(text):
         value = kind(text)  # argparse reports what is not a number
@@ -226,12 +227,17 @@ def orthogonalize(matrix, steps=3):
     but matrix products, which an SVD cannot compete with; the polynomial is that of Muon's authors.
     """
     x = matrix / (matrix.norm() + 1e-7)
-    if wide := x.shape[0] > x.shape[1]:
+    if tall := x.shape[0] > x.shape[1]:
         x = x.T
     for _ in range(steps):
         square = x @ x.T
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.T if wide else x
+    return x.T if tall else x
+
+
+def autocast(device, precision):
+    """A context for the forward pass: in it, matrix products are in bf16 if that is the precision."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
 def build(settings, train_images):
@@ -265,7 +271,7 @@ def train_step(model, optimizer, criterion, images, labels, precision):
     parts = math.ceil(len(images) / 250)
     logits, loss = [], 0
     for some, targets in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(images.device, precision):
             outputs = model(some)
         outputs = outputs.float()
         weighted = criterion(outputs, targets) * (len(targets) / len(labels))
@@ -303,7 +309,7 @@ def train_epoch(model, optimizer, criterion, batches, settings, step, steps):
 
 
 def views(images):
-    """The views of test-time augmentation with their weights: plain and shifted by a pixel both ways, all mirrored."""
+    """(view, weight) pairs for test-time augmentation: the images as they are, shifted by a pixel, and all mirrored."""
     height, width = images.shape[2:]
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
     for view, weight in ((images, 0.25), (padded[..., :height, :width], 0.125), (padded[..., 2:, 2:], 0.125)):
@@ -319,7 +325,7 @@ def evaluate(model, images, labels, precision, tta=False):
     loss = correct = correct_tta = 0
     for some, targets in zip(images.split(250), labels.split(250), strict=True):
         inputs = data.normalize(data.to_float(some))
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(images.device, precision):
             outputs = [(model(view).float(), weight) for view, weight in (views(inputs) if tta else [(inputs, 1)])]
         logits = outputs[0][0]
         loss += plain_loss(logits, targets).item()
@@ -335,7 +341,7 @@ def evaluate(model, images, labels, precision, tta=False):
 
 def write(path, save):
     """Write a file by `save(open file)` so that `path` is at any moment the old file whole or the new one whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # of this process alone
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")  # of this process alone
     buffer = io.BytesIO()  # first whole in memory: what fails below is the disk and nothing else
     save(buffer)
     try:
@@ -357,11 +363,31 @@ def write_csv(path, columns, rows):
     write(path, lambda file: file.write(text.getvalue().encode()))
 
 
+@contextlib.contextmanager
+def events(folder):
+    """A SummaryWriter for the events of a run; what cannot be written is an OSError that names the folder.
+
+    It writes at once. tensorboardX has a thread for that, which dies of a full disk while we wait for it for ever.
+    """
+    writer = SummaryWriter(str(folder))
+    file = writer.file_writer.event_writer
+    file.add_event = file._ev_writer.write_event
+    try:
+        try:
+            yield writer
+        finally:
+            writer.close()
+    except OSError as problem:
+        file._closed = True  # else it is closed again at exit, where nobody catches the error
+        raise problem if problem.filename else OSError(problem.errno, problem.strerror, str(folder)) from None
+
+
 def log(writer, row, lr):
     """One row of the metrics to TensorBoard."""
     for tag, column in CURVES.items():
         writer.add_scalar(tag, row[column], row["step"])
     writer.add_scalar("learning_rate", lr, row["step"])
+    writer.flush()
 
 
 def log_run(writer, settings, model, train_set):
@@ -398,10 +424,11 @@ def finished_epochs(experiments):
     """{name: rows of metrics.csv} of every run under `experiments` that has come to the end of an epoch."""
     runs = {}
     for path in sorted(experiments.glob("*/metrics.csv")):
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        if rows and rows[0].keys() >= set(COLUMNS):  # else it has only begun, or is none of ours
-            runs[path.parent.name] = rows
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # it is just being deleted, or none of ours
+            with open(path, newline="") as file:
+                rows = list(csv.DictReader(file))
+            if rows and all(math.isfinite(float(row[column])) for row in rows for column in COLUMNS):
+                runs[path.parent.name] = rows
     return runs
 
 
@@ -445,9 +472,9 @@ def new_folder(args, settings, fill):
     It is filled before it gets its name: a run that can be seen can be resumed, and of two that start at once under
     one name the second finds the name taken.
     """
-    hidden = Path(args.experiments, f".new-{os.getpid()}")
+    hidden = Path(args.experiments, f".new-{secrets.token_hex(8)}")
     try:
-        hidden.mkdir(parents=True, exist_ok=True)
+        hidden.mkdir(parents=True)
         fill(hidden)
         claimed = claim(hidden)
         for folder in folders(args, settings):
@@ -483,6 +510,8 @@ def claim(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UsageError(f"{folder} is in use: that run is still going on, in another process") from None
+    except OSError:  # a file system without locks: like Windows
+        pass
     return file
 
 
@@ -497,7 +526,10 @@ def load_checkpoint(path, args, settings):
     for key in (stored.keys() & given) - {"device"}:
         if stored[key] != getattr(args, key):
             flag = "--" + key.replace("_", "-")
-            raise UsageError(f"{path.parent} was started with {flag} {stored[key]}: leave {flag} out to resume it")
+            raise UsageError(
+                f"{path.parent} was started with {flag} {stored[key]}: leave {flag} out to resume it, "
+                "or say by --name which other run is meant"
+            )
     return checkpoint
 
 
@@ -510,8 +542,9 @@ def run(args):
     if args.resume:
         folder, claimed = old_folder(args, settings)
         checkpoint = load_checkpoint(folder / "checkpoint.pt", args, settings)
-        moved = {key: settings[key] for key in ("device", "precision") if args.device}
-        settings = checkpoint["settings"] | moved
+        if args.device and settings["device"] != checkpoint["settings"]["device"]:
+            checkpoint["settings"] |= {key: settings[key] for key in ("device", "precision")}
+        settings = checkpoint["settings"]
     elif args.name is not None and (folder := next(folders(args, settings))).exists():
         raise taken(folder)  # now, and not after a download
     device, precision = present(settings["device"]), settings["precision"]
@@ -533,7 +566,7 @@ def run(args):
             optimizer.load_state_dict(checkpoint["optimizer"])
             generator.set_state(checkpoint["generator"])
     except Exception as problem:
-        if not checkpoint:
+        if not checkpoint or out_of_memory(problem):
             raise
         raise UsageError(f"{folder / 'checkpoint.pt'} does not fit ({type(problem).__name__})") from None
 
@@ -556,7 +589,7 @@ def run(args):
     else:
         folder, claimed = new_folder(args, settings, fill)
     print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {precision}, channels last", flush=True)
-    with claimed, SummaryWriter(str(folder)) as writer:
+    with claimed, events(folder) as writer:
         columns = [*COLUMNS, "val_accuracy_tta"] if settings["tta"] else COLUMNS
         write_csv(folder / "metrics.csv", columns, rows)
         writer.add_scalar("learning_rate", settings["lr"], 0)
@@ -593,6 +626,11 @@ def run(args):
     print(f"finished: {folder}{os.sep}metrics.csv, curves of all runs in {folder.parent / 'curves.png'}")
 
 
+def out_of_memory(problem):
+    """Whether an exception says so: PyTorch has no class of its own for it on every device."""
+    return isinstance(problem, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(problem)))
+
+
 def main():
     options = parser()
     args = options.parse_args()
@@ -604,7 +642,7 @@ def main():
     except (data.DataError, FloatingPointError, OSError) as problem:
         options.exit(1, f"train.py: {problem}\n")
     except (MemoryError, RuntimeError) as problem:
-        if not isinstance(problem, MemoryError) and not re.search("out of memory|can't allocate memory", str(problem)):
+        if not out_of_memory(problem):
             raise
         options.exit(1, "train.py: out of memory: try a smaller --batch-size\n")
     except KeyboardInterrupt:

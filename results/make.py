@@ -88,7 +88,9 @@ def rate():
 def train_once(run, seed):
     """Train as the user of that command line would, in a process of its own; the rows for runs.csv."""
     name = re.sub(r"[^\w.-]+", "_", f"{run} seed{seed}".replace("--", ""))
-    shutil.rmtree(REPORT / name, ignore_errors=True)
+    if (REPORT / name).exists():
+        with train.claim(REPORT / name):  # unless it is just being trained
+            shutil.rmtree(REPORT / name)
     start_of = ["train.py", *run.split()]
     if run in STEPS:
         code = f"import train; train.RECIPES['quick'].update({STEPS[run]!r}); train.main()"
@@ -133,6 +135,11 @@ class Runs:
         """The figures in a column after the last epoch, one a seed."""
         return [float(rows[-1][column]) for rows in self.of(run).values() if rows[-1][column]]
 
+    def work(self, run):
+        """The median over the seeds of the seconds of training times the yardstick, in GFLOP."""
+        pairs = zip(self.last(run, "train_seconds"), self.last(run, "gflops"), strict=True)
+        return statistics.median(seconds * gflops for seconds, gflops in pairs)
+
     def complete(self, study):
         """Train what is missing of a study; every finished run is kept at once."""
         for run, seeds in STUDIES[study].items():
@@ -175,15 +182,14 @@ def augmentation_table(runs):
 
 
 def steps_table(runs):
-    yield "| each line adds to those above | seeds | validation accuracy | gain in points | seconds of training |"
+    yield "| each line adds to those above | seeds | validation accuracy | gain in points | scaled seconds |"
     before = None
     for run in STUDIES["steps"]:
         if count := len(runs.of(run)):
             accuracy = runs.last(run, "val_accuracy")
             gain = "" if before is None else f"{100 * (statistics.mean(accuracy) - before):+.2f}"
             before = statistics.mean(accuracy)
-            seconds = statistics.median(runs.last(run, "train_seconds"))
-            yield f"| {run} | {count} | {spread(accuracy)} | {gain} | {seconds:.0f} |"
+            yield f"| {run} | {count} | {spread(accuracy)} | {gain} | {runs.work(run) / 850:.1f} |"
 
 
 def speed_table(runs):
@@ -194,9 +200,7 @@ def speed_table(runs):
     for run in STUDIES["speed"]:
         if count := len(runs.of(run)):
             accuracy, tta = runs.last(run, "val_accuracy"), runs.last(run, "val_accuracy_tta")
-            lasts = [rows[-1] for rows in runs.of(run).values()]
-            work = statistics.median(float(row["train_seconds"]) * float(row["gflops"]) for row in lasts)
-            seconds = statistics.median(runs.last(run, "train_seconds"))
+            work, seconds = runs.work(run), statistics.median(runs.last(run, "train_seconds"))
             whole, peak = statistics.median(runs.last(run, "whole_seconds")), max(runs.last(run, "peak_gib"))
             yield (
                 f"| `{run}` | {count} | {spread(accuracy)} | {min(accuracy):.2%} | {spread(tta) if tta else ''} "
@@ -283,11 +287,11 @@ def draw_strip(train_set):
 
 
 def draw_best(runs):
-    """Figure 4: the curves of the best run; and accuracy against time beside the assignment's own marks."""
+    """Figure 4: the curves of a run of the recipe best; and accuracy against time beside the assignment's own marks."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     if seeds := runs.of("--recipe best"):
-        rows = next(iter(seeds.values()))
+        rows = seeds[min(seeds)]
         for part, style, color in (("train", "o--", train.COLORS[0]), ("val", "o-", train.COLORS[1])):
             points = [(float(row["epoch"]), 100 * float(row[f"{part}_accuracy"])) for row in rows]
             label = {"train": "training (augmented pictures)", "val": "validation"}[part]
@@ -296,7 +300,7 @@ def draw_best(runs):
         left.plot(float(rows[-1]["epoch"]), final, "*", color=train.COLORS[2], markersize=11,
                   label=f"with test-time augmentation: {final:.2f}%")  # fmt: skip
         left.legend(loc="lower right", frameon=False)
-    left.set(xlabel="epoch", ylabel="accuracy, %", title="--recipe best")
+    left.set(xlabel="epoch", ylabel="accuracy, %", title=f"--recipe best, seed {min(seeds, default='')}")
 
     for (low, high), score in {(40, 50): 2, (50, 60): 4, (60, 70): 6, (70, 75): 8, (75, 96): 10}.items():
         right.axhspan(low, high, color=train.COLORS[2], alpha=score / 55, linewidth=0)
@@ -320,17 +324,17 @@ def draw_best(runs):
 
 
 def draw_mistakes(train_set, val_set):
-    """What the best run takes for what, and the mistakes that it is most certain of."""
-    checkpoints = sorted(REPORT.glob("recipe_best_seed*/checkpoint.pt"))
-    if not checkpoints:
-        print("no run of the best recipe in experiments/report: its mistakes are not drawn again")
+    """What the recipe best (its seed 0) takes for what, and the mistakes that it is most certain of."""
+    path = REPORT / "recipe_best_seed0" / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+    if not checkpoint or not checkpoint["rows"][-1:] or not checkpoint["rows"][-1]["val_accuracy_tta"]:
+        print(f"{path} is not there, or not finished: its mistakes are not drawn again")
         return
-    checkpoint = torch.load(checkpoints[0], weights_only=True, map_location="cpu")
     settings = checkpoint["settings"]
     images, labels = val_set
     model, _ = train.build(settings, train_set[0])
     model.load_state_dict(checkpoint["model"])
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=settings["precision"] == "bf16"):
+    with torch.no_grad(), train.autocast(images.device, settings["precision"]):
         model.eval()
         logits = torch.cat([model(data.normalize(data.to_float(some))).float() for some in images.split(250)])
     certainty, taken_for = logits.softmax(1).max(1)
@@ -363,9 +367,12 @@ def main():
     parser.add_argument("study", nargs="?", choices=[*STUDIES, "none"], help="what to train for (default: all of them)")
     study = parser.parse_args().study
     runs = Runs()
-    for name in STUDIES:
-        if study in (None, name):
-            runs.complete(name)
+    try:
+        for name in STUDIES:
+            if study in (None, name):
+                runs.complete(name)
+    except train.UsageError as problem:
+        sys.exit(f"make.py: {problem}")
     tables = text_of_tables(runs)
     (RESULTS / "tables.md").write_text(tables, encoding="utf-8")
     print(tables)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import errno
 import functools
 import io
 import json
@@ -166,16 +167,21 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch():
 
 
 def test_evaluate_is_the_mean_over_all_images_in_evaluation_mode():
-    settings = {**train.RECIPES["baseline"], "seed": 0, "widths": (4, 4, 4)}
-    images = torch.randint(256, (1003, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.randint(10, (1003,))
-    model, _ = train.build(settings, images)
+    settings = {**train.RECIPES["baseline"], "seed": 0, "lr": 1e-2, "widths": (8, 8, 8)}
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (1003, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (1003,), generator=generator)
+    inputs = data.normalize(data.to_float(images))
+    model, optimizer = train.build(settings, images)
+    for _ in range(20):  # until it no longer says the same of all
+        train.train_step(model, optimizer, CrossEntropyLoss(), inputs[:250], labels[:250], "fp32")
     loss, accuracy, accuracy_tta = train.evaluate(model, images, labels, "fp32", tta=True)
     with torch.no_grad():
-        logits = model.eval()(data.normalize(data.to_float(images)))
+        logits = model.eval()(inputs)
+        averaged = sum(weight * model(view) for view, weight in train.views(inputs))
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert accuracy == (logits.argmax(1) == labels).double().mean().item()
-    assert 0 <= accuracy_tta <= 1
+    assert accuracy_tta == (averaged.argmax(1) == labels).double().mean().item() != accuracy
 
 
 def test_views_are_mirrored_and_shifted_by_a_pixel_and_weigh_one_with_the_plain_one():
@@ -346,6 +352,13 @@ def test_curves_show_every_run(finished, tmp_path):
     train.write_csv(tmp_path / "begun" / "metrics.csv", train.COLUMNS, [])  # in its first epoch: nothing to show yet
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "metrics.csv").write_text("time,value\n1,2\n")
+    for name, damage in (
+        ("short", lambda raw: raw[:-20]),
+        ("latin", lambda raw: b"\xe9" + raw),
+        ("nul", lambda raw: b""),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_bytes(damage((finished / "metrics.csv").read_bytes()))
     runs = train.finished_epochs(tmp_path)
     assert list(runs) == ["a", "b"] and runs["a"] == rows(finished)
     train.draw_curves(tmp_path / "curves.png", runs)
@@ -400,11 +413,14 @@ def mortal(cwd, *flags, kill_at=math.inf):
             if frame.f_code is train.write.__code__ and event in ("call", "return"):
                 saving.append(moments)
 
-        sys.setprofile(count)
-        code = tiny(cwd, *flags).returncode
-        sys.setprofile(None)
-        (cwd / "moments").write_text(json.dumps([moments, saving]))
-        os._exit(code)
+        code = 1
+        try:
+            sys.setprofile(count)
+            code = tiny(cwd, *flags).returncode
+            sys.setprofile(None)
+            (cwd / "moments").write_text(json.dumps([moments, saving]))
+        finally:
+            os._exit(code)
     _, status = os.waitpid(pid, 0)
     return status
 
@@ -490,7 +506,6 @@ def test_misuse_gets_one_line_that_names_it(tmp_path, flags, says):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(tmp_path):
     assert "cuda" in complaint(tiny(tmp_path, "--device", "cuda"), 2)
 
@@ -531,8 +546,8 @@ def test_a_run_that_is_still_going_on_cannot_be_resumed_beside_it(finished):
     assert tiny(finished.parent.parent, "--name", finished.name, "--resume").returncode == 0
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 20, 40])
-def test_a_full_disk_names_what_could_not_be_written_and_the_run_goes_on_once_there_is_room(tmp_path, blocks):
+@pytest.mark.parametrize("blocks, begins", [(0, False), (1, False), (40, False), (120, True)])
+def test_a_full_disk_names_what_could_not_be_written_and_the_run_goes_on_once_there_is_room(tmp_path, blocks, begins):
     flags = ("--epochs", 2, "--name", "run")
     assert tiny(tmp_path, "--epochs", 2, "--name", "whole").returncode == 0
     code = f"""
@@ -543,9 +558,26 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({blocks} * 512, -1))
     line = complaint(tiny_process(tmp_path, *flags, code=code), 1)
     assert "File too large: " in line and "experiments" in line
     folder = tmp_path / "experiments/run"
+    assert folder.exists() == begins  # begun, there is room for the first checkpoint, and not for Adam's moments
     assert not list(tmp_path.glob("experiments/.*")) and not list(folder.glob("*.part"))
     assert tiny(tmp_path, *flags, *(["--resume"] if folder.exists() else [])).returncode == 0
     assert agree(tmp_path / "experiments/whole", folder)
+
+
+def test_events_that_find_the_disk_full_end_the_run_in_one_line(tmp_path):
+    code = f"""{TINY}
+import sys, tensorboardX.record_writer
+tensorboardX.record_writer.open_file = lambda path: open("/dev/full", "wb")  # all that is flushed fails
+sys.argv[1:] = ["--name", "run", "--epochs", "1", "--batch-size", "16"]
+train.main()
+"""
+    command = [sys.executable, "-c", code]  # a process of its own, to see what it says at its exit
+    outcome = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": SCRIPT.parent}, capture_output=True, text=True
+    )
+    assert outcome.stderr.splitlines() == [
+        f"train.py: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}: 'experiments/run'"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -573,7 +605,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(finished, tmp_path, tamper):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_run_of_a_device_that_is_gone_goes_on_on_another(finished, tmp_path):
     folder = tmp_path / "experiments/run"
     shutil.copytree(finished, folder)
@@ -582,6 +613,25 @@ def test_a_run_of_a_device_that_is_gone_goes_on_on_another(finished, tmp_path):
     torch.save(state, folder / "checkpoint.pt")
     assert "--device" in complaint(tiny(tmp_path, "--name", "run", "--resume"), 2)
     assert tiny(tmp_path, "--name", "run", "--resume", "--device", "cpu").returncode == 0
+
+
+def test_a_run_goes_on_in_its_own_precision(finished, tmp_path):
+    folder = tmp_path / "experiments/run"
+    shutil.copytree(finished, folder)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state["settings"]["precision"] = "bf16"
+    torch.save(state, folder / "checkpoint.pt")
+    for flags in ((), ("--device", "cpu")):  # saying what holds anyway changes nothing
+        assert " bf16," in tiny(tmp_path, "--name", "run", "--resume", *flags).stdout
+
+
+def test_where_files_cannot_be_locked_training_goes_on_without(tmp_path):
+    code = """
+import errno
+def flock(file, how): raise OSError(errno.ENOSYS, "Function not implemented")
+train.fcntl.flock = flock
+"""
+    assert tiny_process(tmp_path, "--epochs", 1, code=code).returncode == 0
 
 
 def test_resume_finds_the_newest_of_a_name_when_older_ones_are_gone(tmp_path):
@@ -597,14 +647,18 @@ def test_resume_finds_the_newest_of_a_name_when_older_ones_are_gone(tmp_path):
 @pytest.mark.parametrize(
     "error", ["MemoryError()", "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried ...')"]
 )
-def test_out_of_memory_says_what_to_lower(tmp_path, error):
+def test_out_of_memory_says_what_to_lower(finished, tmp_path, error):
     code = f"def fail(*arguments): raise {error}\ntrain.train_step = fail"
     assert "--batch-size" in complaint(tiny_process(tmp_path, code=code), 1)
+    resume = ("--name", finished.name, "--resume")
+    line = complaint(tiny_process(finished.parent.parent, *resume, code=code.replace("train_step", "build")), 1)
+    assert "--batch-size" in line  # and not that the checkpoint were no good
 
 
 def test_resuming_with_other_settings_or_a_broken_checkpoint_is_refused(finished, tmp_path):
     contradicting = tiny(finished.parent.parent, "--name", finished.name, "--resume", "--lr", "0.5")
-    assert "--lr" in complaint(contradicting, 2)
+    line = complaint(contradicting, 2)
+    assert "--lr" in line and "--name" in line
     (tmp_path / "experiments/broken").mkdir(parents=True)
     whole = (finished / "checkpoint.pt").read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
