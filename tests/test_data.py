@@ -219,8 +219,9 @@ def test_it_goes_into_datasets_by_default(site, tmp_path, monkeypatch):
     assert found(tmp_path / "datasets") == WHOLE
 
 
-def test_second_load_makes_no_request(site, root):
+def test_second_load_makes_no_request(site, root, capsys):
     data.load_cifar10(str(root))
+    assert capsys.readouterr().err == ""  # no progress bar where there is no terminal
     assert found(root) == WHOLE and site.requests == ["/kriz/cifar-10-binary.tar.gz"]
     site.respond = not_found
     data.load_cifar10(str(root))

@@ -118,6 +118,13 @@ def test_the_summed_weights_of_half_precision_do_not_overflow():
     assert loss(logits, targets).item() == pytest.approx(math.log(2), rel=1e-3)
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_no_sample_at_all(reduction):
+    logits = torch.zeros(0, 3, dtype=torch.float64)
+    compare(logits, torch.zeros(0, dtype=torch.long), reduction=reduction)
+    compare(logits, logits, reduction=reduction)
+
+
 def test_ignore_index_may_be_one_more_than_the_last_class():
     compare(torch.randn(3, 4, dtype=torch.float64), torch.tensor([1, 4, 3]), ignore_index=4)
 
