@@ -440,11 +440,11 @@ def draw_curves(path, runs):
     panels = dict(zip(("loss", "accuracy"), figure.subplots(1, 2), strict=True))
     for (name, rows), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
         for metric, panel in panels.items():
-            for part, style, label in (("train", "o--", None), ("val", "o-", name)):
+            for part, style, label, inside in (("train", "o--", None, "white"), ("val", "o-", name, color)):
                 points = [(float(row["epoch"]), float(row[f"{part}_{metric}"])) for row in rows]
-                panel.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=3.5)
+                panel.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=4, mfc=inside)
     for metric, panel in panels.items():
-        panel.set(xlabel="epoch", ylabel=metric, title=f"{metric}: training dashed, validation solid")
+        panel.set(xlabel="epoch", ylabel=metric, title=f"{metric}: training dashed and hollow, validation solid")
         panel.grid(alpha=0.3)
     panels["loss"].set_ylim(bottom=0)
     figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
@@ -588,7 +588,10 @@ def run(args):
             left_over.unlink()
     else:
         folder, claimed = new_folder(args, settings, fill)
-    print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {precision}, channels last", flush=True)
+    resumed = f", resumed after step {step} of {steps}" if checkpoint else ""
+    print(
+        f"run {folder} on {device}, {torch.get_num_threads()} threads, {precision}, channels last{resumed}", flush=True
+    )
     with claimed, events(folder) as writer:
         columns = [*COLUMNS, "val_accuracy_tta"] if settings["tta"] else COLUMNS
         write_csv(folder / "metrics.csv", columns, rows)
