@@ -94,8 +94,8 @@ class BatchNorm:
     def backward(self, dy):
         """Gradients of a loss by the input and the parameters of the last forward in training mode.
 
-        With n = (x - mean) * inv_std, the paper's x-hat, y is gamma * n + beta. Section 3 of the paper goes backwards
-        from y to x, which reaches the loss through n directly and through mean and var; sums are over the batch:
+        With n = (x - mean) * inv_std, the paper's x-hat, y is gamma * n + beta. Section 3 of the paper goes back from
+        y to x, which reaches the loss through n directly and through mean and var; sums are over the batch:
 
             dbeta = sum(dy)        dgamma = sum(dy * n)        dn = gamma * dy
 

@@ -589,9 +589,8 @@ def run(args):
     else:
         folder, claimed = new_folder(args, settings, fill)
     resumed = f", resumed after step {step} of {steps}" if checkpoint else ""
-    print(
-        f"run {folder} on {device}, {torch.get_num_threads()} threads, {precision}, channels last{resumed}", flush=True
-    )
+    threads = torch.get_num_threads()
+    print(f"run {folder} on {device}, {threads} threads, {precision}, channels last{resumed}", flush=True)
     with claimed, events(folder) as writer:
         columns = [*COLUMNS, "val_accuracy_tta"] if settings["tta"] else COLUMNS
         write_csv(folder / "metrics.csv", columns, rows)

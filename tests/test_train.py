@@ -580,6 +580,16 @@ train.main()
     ]
 
 
+def tampered(finished, cwd, tamper):
+    """A copy of the finished run as the run "run" of the folder `cwd`, with its checkpoint changed by `tamper`."""
+    folder = cwd / "experiments/run"
+    shutil.copytree(finished, folder)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    tamper(state)
+    torch.save(state, folder / "checkpoint.pt")
+    return folder
+
+
 @pytest.mark.parametrize(
     "tamper",
     [
@@ -595,32 +605,20 @@ train.main()
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(finished, tmp_path, tamper):
-    folder = tmp_path / "experiments/run"
-    shutil.copytree(finished, folder)
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    tamper(state)
-    torch.save(state, folder / "checkpoint.pt")
+    folder = tampered(finished, tmp_path, tamper)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     assert "checkpoint.pt" in complaint(tiny(tmp_path, "--name", "run", "--resume"), 2)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_run_of_a_device_that_is_gone_goes_on_on_another(finished, tmp_path):
-    folder = tmp_path / "experiments/run"
-    shutil.copytree(finished, folder)
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    state["settings"]["device"] = "cuda"
-    torch.save(state, folder / "checkpoint.pt")
+    tampered(finished, tmp_path, lambda state: state["settings"].update(device="cuda"))
     assert "--device" in complaint(tiny(tmp_path, "--name", "run", "--resume"), 2)
     assert tiny(tmp_path, "--name", "run", "--resume", "--device", "cpu").returncode == 0
 
 
 def test_a_run_goes_on_in_its_own_precision(finished, tmp_path):
-    folder = tmp_path / "experiments/run"
-    shutil.copytree(finished, folder)
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    state["settings"]["precision"] = "bf16"
-    torch.save(state, folder / "checkpoint.pt")
+    tampered(finished, tmp_path, lambda state: state["settings"].update(precision="bf16"))
     for flags in ((), ("--device", "cpu")):  # saying what holds anyway changes nothing
         assert " bf16," in tiny(tmp_path, "--name", "run", "--resume", *flags).stdout
 
