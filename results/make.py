@@ -69,8 +69,6 @@ STUDIES = {
         "--recipe best": 5,
     },
 }
-
-
 ONE_THREAD = ("rates", "augmentation")  # so that they come out the same, bit for bit, however many cores there are
 
 
@@ -88,8 +86,8 @@ def rate():
     return 2 * 2048**3 / min(seconds) / 1e9
 
 
-def train_once(run, seed, threads=None):
-    """Train as the user of that command line would, in a process of its own; the rows for runs.csv."""
+def train_once(run, seed, variables):
+    """Train by that command line, in a process of its own with these environment variables; the rows for runs.csv."""
     name = re.sub(r"[^\w.-]+", "_", f"{run} seed{seed}".replace("--", ""))
     if (REPORT / name).exists():
         with train.claim(REPORT / name):  # unless it is just being trained
@@ -100,9 +98,8 @@ def train_once(run, seed, threads=None):
         start_of = ["-c", code, "--recipe", "quick"]
     command = [sys.executable, *start_of, "--seed", str(seed), "--experiments", str(REPORT), "--name", name]
     print(f"{run} --seed {seed}", flush=True)
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     gflops, start = rate(), time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"make.py: failed: {shlex.join(command)}")
@@ -150,7 +147,7 @@ class Runs:
             for seed in range(seeds):
                 if seed in self.of(run):
                     continue
-                rows = train_once(run, seed, threads=1 if study in ONE_THREAD else None)
+                rows = train_once(run, seed, {"OMP_NUM_THREADS": "1"} if study in ONE_THREAD else {})
                 self.read()  # another study may have been trained meanwhile
                 self.rows += [{"study": study, "run": run, "seed": seed, **row} for row in rows]
                 train.write_csv(RESULTS / "runs.csv", COLUMNS, self.rows)
