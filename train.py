@@ -90,10 +90,10 @@ def number(kind, low, high=sys.float_info.max, above=False):
         value = kind(text)  # argparse reports what is not a number
         if not (low < value if above else low <= value) or not value <= high:
             bounds = f"{'above' if above else 'from'} {low}" + (f" to {high:,}" if high < sys.float_info.max else "")
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bounds}")
+            raise argparse.ArgumentTypeError(f"{text} is not a {parse.__name__} {bounds}")
         return value
 
-    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    parse.__name__ = {int: "whole number", float: "finite number"}[kind]
     return parse
 
 
@@ -374,10 +374,8 @@ def events(folder):
     file = writer.file_writer.event_writer
     file.add_event = file._ev_writer.write_event
     try:
-        try:
+        with writer:
             yield writer
-        finally:
-            writer.close()
     except OSError as problem:
         file._closed = True  # else it is closed again at exit, where nobody catches the error
         raise problem if problem.filename else OSError(problem.errno, problem.strerror, str(folder)) from None
@@ -425,7 +423,7 @@ def finished_epochs(experiments):
     """{name: rows of metrics.csv} of every run under `experiments` that has come to the end of an epoch."""
     runs = {}
     for path in sorted(experiments.glob("*/metrics.csv")):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # it is just being deleted, or none of ours
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, csv.Error):  # being deleted, or not ours
             with open(path, newline="") as file:
                 rows = list(csv.DictReader(file))
             if rows and all(math.isfinite(float(row[column])) for row in rows for column in COLUMNS):
@@ -440,6 +438,7 @@ def draw_curves(path, runs):
     figure = Figure(figsize=(11, 4.4 + 0.22 * len(runs) / 2), layout="constrained")
     panels = dict(zip(("loss", "accuracy"), figure.subplots(1, 2), strict=True))
     for (name, rows), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
+        name = " " + name.replace("$", r"\$")  # matplotlib hides labels that begin with _ and reads $...$ as a formula
         for metric, panel in panels.items():
             for part, style, label, inside in (("train", "o--", None, "white"), ("val", "o-", name, color)):
                 points = [(float(row["epoch"]), float(row[f"{part}_{metric}"])) for row in rows]
@@ -490,11 +489,12 @@ def new_folder(args, settings, fill):
 
 
 def old_folder(args, settings):
-    """The newest folder of a run of this name, to resume, and its claim."""
-    there = [folder for folder in itertools.islice(folders(args, settings), 1000) if folder.exists()]
-    folder = there[-1] if there else next(folders(args, settings))
-    if not (folder / "checkpoint.pt").exists():
-        raise UsageError(f"nothing to resume: there is no {folder / 'checkpoint.pt'}")
+    """The folder of the run of this name that was saved last, to resume, and its claim."""
+    possible = [folder / "checkpoint.pt" for folder in itertools.islice(folders(args, settings), 1000)]
+    there = [checkpoint for checkpoint in possible if checkpoint.exists()]
+    if not there:
+        raise UsageError(f"nothing to resume: there is no {possible[0]}")
+    folder = max(there, key=lambda checkpoint: checkpoint.stat().st_mtime).parent
     return folder, claim(folder)
 
 
@@ -631,7 +631,8 @@ def run(args):
 
 def out_of_memory(problem):
     """Whether an exception says so: PyTorch has no class of its own for it on every device."""
-    return isinstance(problem, MemoryError) or bool(re.search("out of memory|can't allocate memory", str(problem)))
+    signs = "out of memory|not enough memory|can't allocate memory"
+    return isinstance(problem, MemoryError) or bool(re.search(signs, str(problem)))
 
 
 def main():

@@ -27,8 +27,10 @@ def read(path):
         OSError: there is no such file, or it is not (wholly) a picture.
         Image.DecompressionBombWarning: it has more pixels than a picture should.
     """
-    with warnings.catch_warnings(), Image.open(path) as picture:
+    with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        opened = Image.open(path)
+    with opened as picture:
         picture = ImageOps.exif_transpose(picture)  # as the camera was held
         if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits a pixel: scale to 8
             levels = np.asarray(picture, dtype=np.float64)
@@ -49,7 +51,7 @@ def draw(images):
         "color": data.color(data.to_float(images), generator),
     }
     height, width = images.shape[2:]
-    figure = Figure(figsize=(12, max(1.5, min(12, 4 * height / width)) + 0.4), layout="constrained")
+    figure = Figure(figsize=(12, max(1.5, min(12, 4 * height / width)) + 0.35), layout="constrained")
     for axes, (title, panel) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         axes.imshow(panel[0].permute(1, 2, 0).numpy())
         axes.set_title(title, fontsize=16)

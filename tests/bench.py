@@ -1,7 +1,7 @@
 """Speed, always as a ratio of two things that are measured in turn in the same run: seconds alone say little.
 
     python tests/bench.py            what needs no training, in a few minutes
-    python tests/bench.py --train    also the recipes, as `python results/make.py speed` does
+    python tests/bench.py --train    also the table of the recipes, after `python results/make.py speed`
 
 What "scaled" seconds and units are, results/make.py tells.
 """
@@ -140,7 +140,7 @@ def first_step(recipe):
 
 def main():
     parser = argparse.ArgumentParser(description="Measure speed, as ratios.")
-    parser.add_argument("--train", action="store_true", help="also train the recipes (more than an hour)")
+    parser.add_argument("--train", action="store_true", help="also train what results/runs.csv lacks of the recipes")
     options = parser.parse_args()
     threads = torch.get_num_threads()
     print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")

@@ -344,8 +344,7 @@ def test_tensorboard_serves_curves_images_graph_and_settings(finished):
 def test_curves_show_every_run(finished, tmp_path):
     with Image.open(finished.parent / "curves.png") as picture:
         assert min(picture.size) > 400
-        before = picture.tobytes()
-    for name in ("a", "b"):
+    for name in ("$_$", "b"):  # the first is no formula
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text((finished / "metrics.csv").read_text())
     (tmp_path / "begun").mkdir()
@@ -355,15 +354,19 @@ def test_curves_show_every_run(finished, tmp_path):
     for name, damage in (
         ("short", lambda raw: raw[:-20]),
         ("latin", lambda raw: b"\xe9" + raw),
-        ("nul", lambda raw: b""),
+        ("empty", lambda raw: b""),
+        ("long", lambda raw: raw + b"1" * 200_000),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_bytes(damage((finished / "metrics.csv").read_bytes()))
     runs = train.finished_epochs(tmp_path)
-    assert list(runs) == ["a", "b"] and runs["a"] == rows(finished)
-    train.draw_curves(tmp_path / "curves.png", runs)
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.tobytes() != before
+    assert list(runs) == ["$_$", "b"] and runs["b"] == rows(finished)
+    pictures = []
+    for shown in (rows(finished), rows(finished)[:1]):
+        train.draw_curves(tmp_path / "curves.png", {**runs, "b": shown})
+        with Image.open(tmp_path / "curves.png") as picture:
+            pictures.append(picture.tobytes())
+    assert pictures[0] != pictures[1]
 
 
 def test_the_same_run_once_more_gets_a_folder_of_its_own_and_the_same_numbers(finished):
@@ -379,17 +382,13 @@ def test_another_seed_gives_other_numbers(finished, tmp_path):
     assert not agree(finished, tmp_path / "experiments/run")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     train.write(path, lambda file: file.write(b"old"))
-
-    def fail(file):
-        file.write(b"new, but only half")
-        raise OSError("disk full")
-
+    monkeypatch.setattr(train.os, "fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "disk full")))
     with pytest.raises(OSError, match="disk full"):
-        train.write(path, fail)
-    assert path.read_bytes() == b"old"
+        train.write(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 # ----------------------------------------------------------------------------------------------- stopping, resuming
@@ -398,8 +397,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def mortal(cwd, *flags, kill_at=math.inf):
     """The same in a forked process that kills itself at its `kill_at`-th function call or return, be it in Python or C.
 
-    So every moment of a run can be hit, and hit again. Returns the exit code of os.waitpid, and, of a run that came to
-    its end, all those moments and those of them inside of train.write, as two ranges.
+    So every moment of a run can be hit, and hit again. Returns the status of os.waitpid; a run that came to its end
+    leaves their number, and those at which it entered and left train.write, in `cwd`/moments.
     """
     pid = os.fork()
     if pid == 0:
@@ -477,7 +476,7 @@ def complaint(outcome, code):
     "flags, says",
     [
         (("--lr", "0"), "--lr"),
-        (("--lr", "nan"), "--lr"),
+        (("--lr", "nan"), "--lr: nan is not a finite number above 0"),
         (("--lr", "much"), "--lr"),
         (("--epochs", "-1"), "--epochs"),
         (("--epochs", "inf"), "--epochs"),
@@ -487,7 +486,7 @@ def complaint(outcome, code):
         (("--batch-size", "9" * 5000), "--batch-size"),
         (("--seed", "9" * 30), "--seed"),
         (("--seed", "9" * 400), "--seed"),
-        (("--batch-size", "1"), "--batch-size"),
+        (("--batch-size", "1"), "--batch-size: 1 is not a whole number from 2 to 50,000"),
         (("--batch-size", "2.5"), "--batch-size"),
         (("--seed", "-1"), "--seed"),
         (("--augment", "sideways"), "--augment"),
@@ -632,14 +631,17 @@ train.fcntl.flock = flock
     assert tiny_process(tmp_path, "--epochs", 1, code=code).returncode == 0
 
 
-def test_resume_finds_the_newest_of_a_name_when_older_ones_are_gone(tmp_path):
+def test_resume_finds_the_newest_of_a_name(tmp_path):
     for _ in range(3):
         assert tiny(tmp_path, "--epochs", 1).returncode == 0
     *older, newest = sorted(path.parent for path in tmp_path.glob("experiments/*/metrics.csv"))
     for folder in older:
         shutil.rmtree(folder)
     outcome = tiny(tmp_path, "--epochs", 1, "--resume")
-    assert outcome.returncode == 0 and newest.name.endswith("-3") and newest.name in outcome.stdout
+    assert outcome.returncode == 0 and newest.name.endswith("-3") and f"{newest.name} on" in outcome.stdout
+    assert tiny(tmp_path, "--epochs", 1).returncode == 0  # takes the first free name, that of the oldest
+    outcome = tiny(tmp_path, "--epochs", 1, "--resume")
+    assert outcome.returncode == 0 and f"{older[0].name} on" in outcome.stdout
 
 
 @pytest.mark.parametrize(
