@@ -326,8 +326,8 @@ def draw_best(runs):
 
 
 def draw_mistakes(train_set, val_set):
-    """What the recipe best (its seed 0) takes for what, and the mistakes that it is most certain of."""
-    path = REPORT / "recipe_best_seed0" / "checkpoint.pt"
+    """What the recipe best (its seed 4) takes for what, and the mistakes that it is most certain of."""
+    path = REPORT / "recipe_best_seed4" / "checkpoint.pt"
     checkpoint = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
     if not checkpoint or not checkpoint["rows"][-1:] or not checkpoint["rows"][-1]["val_accuracy_tta"]:
         print(f"{path} is not there, or not finished: its mistakes are not drawn again")
