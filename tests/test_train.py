@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -412,6 +413,8 @@ def mortal(cwd, *flags, kill_at=math.inf):
             if frame.f_code is train.write.__code__ and event in ("call", "return"):
                 saving.append(moments)
 
+        # tqdm's lock is shared with forked processes: killed while it holds it, this one would lock us out for ever
+        train.tqdm.set_lock(threading.RLock())
         code = 1
         try:
             sys.setprofile(count)
