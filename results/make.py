@@ -151,6 +151,7 @@ class Runs:
                 self.read()  # another study may have been trained meanwhile
                 self.rows += [{"study": study, "run": run, "seed": seed, **row} for row in rows]
                 train.write_csv(RESULTS / "runs.csv", COLUMNS, self.rows)
+                self.read()  # as the file has them, every column filled
                 last = self.of(run)[seed][-1]
                 print(f"  {float(last['val_accuracy']):.2%} in {float(last['train_seconds']):.1f} s", flush=True)
 

@@ -19,6 +19,16 @@ def test_tables_are_those_of_the_runs_and_stand_in_readme():
             assert line in README
 
 
+def test_tables_come_out_the_same_right_after_training(monkeypatch, tmp_path):
+    row = dict.fromkeys((*make.train.COLUMNS, *make.COSTS), 1.0)  # of a recipe without test-time augmentation
+    monkeypatch.setattr(make, "RESULTS", tmp_path)
+    monkeypatch.setattr(make, "train_once", lambda *arguments: [dict(row)])
+    runs = make.Runs()
+    for study in make.STUDIES:
+        runs.complete(study)
+    assert make.text_of_tables(runs) == make.text_of_tables(make.Runs())
+
+
 def test_runs_are_whole():
     runs = make.Runs()
     for study, seeds in make.STUDIES.items():
