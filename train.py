@@ -4,74 +4,83 @@
     python train.py --lr 1e-3 --augment both  the same with data augmentation
     python train.py --recipe best             the best accuracy
 
-Every run has a folder of its own under experiments/: TensorBoard events, metrics.csv, config.json and checkpoint.pt.
-experiments/curves.png shows the curves of all runs in one picture.
+Every run has a folder of its own under experiments/. Its checkpoint.pt is all that --resume and `load` need; made from
+it are metrics.csv (a row an epoch), steps.csv (the training curves, about twenty points an epoch), config.json and
+TensorBoard's events. experiments/curves.png shows the curves of all runs in one picture.
 """
 
 import argparse
 import contextlib
 import csv
-import importlib.metadata
 import io
 import itertools
 import json
 import math
 import os
-import platform
 import re
-import secrets
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: there two processes are not kept apart
-    fcntl = None
-
 import torch
-from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
+from filelock import FileLock, Timeout
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import hparams, image, scalar
 from tqdm import tqdm
 
 import data
 from loss import CrossEntropyLoss
-from network import ConvNet
+from network import ConvNet, build, choose_precision, train_step
 
-# What a recipe is: defaults. The first row of each can be set by flags, which win.
+# What a recipe is: defaults. Those in the first row of each have a flag, the others are set by --set.
 #
 #   whiten           start from a fixed first layer that decorrelates neighbouring pixels, and from others that let it
 #                    through (network.ConvNet.whiten, .pass_through)
-#   muon             optimise by Muon (below) with a rate that falls linearly to 0: large steps first, then ever smaller
+#   muon             optimise by network.Muon with a rate that falls linearly to 0: large steps first, then ever smaller
 #                    ones that settle. What only scales is fixed (.fix_scales). Without: Adam at a constant rate.
 #   sizes            (size, share) pairs: pictures are made that small until that share of the steps is done. What is
 #                    learnt first, the coarse, is learnt from small pictures as well, for a fraction of the arithmetic.
 #   label_smoothing  train towards targets that are not quite certain (loss.CrossEntropyLoss)
-#   tta              also report the accuracy with test-time augmentation (mirrored and shifted views, averaged)
+#   tta              also report the accuracy with test-time augmentation (data.views)
+#   held_out         validate on that many training images, the last ones, in place of the test batch: to tune recipes
 RECIPES = {
     "baseline": {
-        "lr": 1e-3, "epochs": 5, "batch_size": 128, "augment": "none",
+        "lr": 1e-3, "epochs": 5.0, "batch_size": 128, "augment": "none",
         "widths": (32, 80, 160), "whiten": False, "muon": False, "sizes": (), "label_smoothing": 0.0, "tta": False,
+        "held_out": 0,
     },
     "quick": {
         "lr": 0.25, "epochs": 0.6, "batch_size": 250, "augment": "none",
         "widths": (32, 64, 64), "whiten": True, "muon": True, "sizes": ((24, 0.5),), "label_smoothing": 0.2,
-        "tta": False,
+        "tta": False, "held_out": 0,
     },
     "best": {
-        "lr": 0.18, "epochs": 11, "batch_size": 1000, "augment": "position",
+        "lr": 0.18, "epochs": 11.0, "batch_size": 1000, "augment": "position",
         "widths": (64, 256, 256), "whiten": True, "muon": True, "sizes": ((20, 0.2), (24, 0.6)), "label_smoothing": 0.2,
-        "tta": True,
+        "tta": True, "held_out": 0,
     },
 }  # fmt: skip
+TRUTH = {"true": True, "false": False}
+SETTABLE = {  # what has no flag, and how --set reads it
+    "widths": lambda text: tuple(int(width) for width in text.split(",")),
+    "whiten": TRUTH.__getitem__, "muon": TRUTH.__getitem__, "tta": TRUTH.__getitem__,
+    "sizes": lambda text: tuple(
+        (int(size), float(share)) for size, share in (pair.split(":") for pair in text.split(",") if pair)),
+    "label_smoothing": float, "held_out": int,
+}  # fmt: skip
+EXAMPLES = "widths=64,128,256 whiten=true muon=false tta=true sizes=20:0.2,24:0.6 label_smoothing=0.1 held_out=5000"
+LIMITS = {
+    "lr": (1e-30, 1e30), "epochs": (1e-6, 1e6), "batch_size": (2, 50_000), "seed": (0, 2**63 - 1),
+    "widths": (1, 4096), "sizes": (17, 64), "label_smoothing": (0, 1), "held_out": (0, 49_998),
+}  # fmt: skip
 COLUMNS = ("epoch", "step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
-# TensorBoard's tags, which lay all runs over each other in the same charts, and their columns
-CURVES = {f"{metric}/{part}": f"{part}_{metric}" for metric in ("loss", "accuracy") for part in ("train", "val")}
+POINT_COLUMNS = ("epoch", "step", "learning_rate", "train_loss", "train_accuracy")
+# TensorBoard's tags, which lay all runs over each other in the same charts, and what they show
+TRAINING_TAGS = {"loss/train": "train_loss", "accuracy/train": "train_accuracy", "learning_rate": "learning_rate"}
+VALIDATION_TAGS = {"loss/val": "val_loss", "accuracy/val": "val_accuracy"}
 # Colors that the color-blind tell apart: M. Okabe and K. Ito, "Color Universal Design", 2008
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -81,219 +90,87 @@ class UsageError(Exception):
 
 
 # ------------------------------------------------------------------------------------------------------ command line
+def parse_setting(text):
+    """KEY=VALUE -> (KEY, value)"""
+    key, _, value = text.partition("=")
+    try:
+        return key, SETTABLE[key](value)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text[:60]}: what can be set is, for example, {EXAMPLES}") from None
 
 
-def number(kind, low, high=sys.float_info.max, above=False):
-    """An argparse type: a number of `kind` from `low` (or only above it) to `high`; nan and infinity are refused."""
-
-    def parse(text):
-        value = kind(text)  # argparse reports what is not a number
-        if not (low < value if above else low <= value) or not value <= high:
-            bounds = f"{'above' if above else 'from'} {low}" + (f" to {high:,}" if high < sys.float_info.max else "")
-            raise argparse.ArgumentTypeError(f"{text} is not a {parse.__name__} {bounds}")
-        return value
-
-    parse.__name__ = {int: "whole number", float: "finite number"}[kind]
-    return parse
-
-
-def parser():
+def make_parser():
     def by_recipe(setting):
-        values = ", ".join(f"{recipe} {values[setting]}" for recipe, values in RECIPES.items())
-        return f"(default: by recipe, {values})"
+        return "(default: by recipe, " + ", ".join(f"{name} {RECIPES[name][setting]}" for name in RECIPES) + ")"
 
     parser = argparse.ArgumentParser(usage="python train.py [options]", description="Train a CNN on CIFAR-10.")
     add = parser.add_argument
     # fmt: off
-    add("--recipe", choices=RECIPES,
-        help="set of defaults; flags given beside it win (default: baseline)")
-    add("--lr", type=number(float, 0, above=True),
-        help=f"learning rate {by_recipe('lr')}")
-    add("--epochs", type=number(float, 0, 1e6, above=True), metavar="N",
-        help=f"passes over the training set, may be a fraction {by_recipe('epochs')}")
-    add("--batch-size", type=number(int, 2, 50_000), metavar="N",
-        help=f"images in a step {by_recipe('batch_size')}")
-    add("--augment", choices=data.AUGMENTATIONS,
-        help=f"position: flip, shift; color: brightness, contrast, saturation, hue {by_recipe('augment')}")
-    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N",
-        help="of all that is drawn by chance (default: 0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"),
-        help="auto takes a GPU where there is one (default: auto)")
-    add("--data", default="datasets", metavar="DIR",
-        help="where CIFAR-10 is, or is put (default: %(default)s)")
-    add("--experiments", default="experiments", metavar="DIR",
-        help="where the runs' folders are (default: %(default)s)")
-    add("--name",
-        help="the run's folder (default: made of recipe, rate, augmentation and seed)")
-    add("--resume", action="store_true",
-        help="go on with the newest run of that name, from its last checkpoint")
+    add("--recipe", choices=RECIPES, help="set of defaults; flags given beside it win (default: baseline)")
+    add("--lr", type=float, help=f"learning rate {by_recipe('lr')}")
+    add("--epochs", type=float, metavar="N", help=f"passes over the training set, or a fraction {by_recipe('epochs')}")
+    add("--batch-size", type=int, metavar="N", help=f"images in a step {by_recipe('batch_size')}")
+    add("--augment", choices=data.AUGMENTATIONS, help=f"as visualize_aug.py draws it {by_recipe('augment')}")
+    add("--set", type=parse_setting, action="append", default=[], metavar="KEY=VALUE",
+        help=f"what has no flag, may be repeated: {EXAMPLES} (default: by recipe)")
+    add("--seed", type=int, metavar="N", help="of all that is drawn by chance (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="auto takes a GPU where there is one (default: auto)")
+    add("--data", default="datasets", metavar="DIR", help="where CIFAR-10 is, or is put (default: datasets)")
+    add("--experiments", default="experiments", metavar="DIR", help="where the runs are (default: experiments)")
+    add("--name", help="the run's folder (default: made of recipe, rate, augmentation, what was set, and seed)")
+    add("--resume", action="store_true", help="go on with the run of that name that was saved last, or start it")
     # fmt: on
     return parser
 
 
-def settings_of(args):
+def list_given(args):
+    """{setting: value} of all that the command line sets."""
+    keys = ("recipe", "lr", "epochs", "batch_size", "augment", "seed", "device")
+    return {key: vars(args)[key] for key in keys if vars(args)[key] is not None} | dict(args.set)
+
+
+def choose_settings(args):
     """What defines the run: the recipe's values, those given on the command line, and where and how to compute."""
     recipe = args.recipe or "baseline"
-    settings = {"recipe": recipe, **RECIPES[recipe], "seed": 0, "device": "auto"}
-    settings |= {key: value for key, value in vars(args).items() if key in settings and value is not None}
-    settings["device"] = present(settings["device"])
-    settings["precision"] = fastest_precision(settings["device"])
+    settings = {"recipe": recipe, **RECIPES[recipe], "seed": 0, "device": "auto", **list_given(args)}
+    for key, (low, high) in LIMITS.items():
+        values = settings[key] if isinstance(settings[key], tuple) else (settings[key],)
+        if not all(low <= (value[0] if isinstance(value, tuple) else value) <= high for value in values):
+            raise UsageError(f"{name_flag(key)} {settings[key]} is not from {low:,} to {high:,}")
+    settings["device"] = find_device(settings["device"])
+    settings["precision"] = choose_precision(settings["device"])
     return settings
 
 
-def present(device):
+def name_flag(key):
+    return f"--set {key}" if key in SETTABLE else f"--{key.replace('_', '-')}"
+
+
+def find_device(name):
     """The device of that name once it is clear that it is there; for "auto" the fastest there is."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    devices = [name for name in there if there[name]]
-    if device not in ("auto", *devices):
-        raise UsageError(f"--device {device} is not there: PyTorch sees {', '.join(devices)}")
-    return devices[0] if device == "auto" else device
+    devices = [device for device in there if there[device]]
+    if name not in ("auto", *devices):
+        raise UsageError(f"--device {name} is not there: PyTorch sees {', '.join(devices)}")
+    return devices[0] if name == "auto" else name
 
 
-def fastest_precision(device):
-    """ "bf16" where matrix products in it are faster than in fp32, else "fp32".
+# -------------------------------------------------------------------------------------------- one epoch of training
+def train_epoch(model, optimizer, loader, settings, step, steps):
+    """Train from step number `step` on for an epoch, or to step number `steps` if that comes first.
 
-    Half as many bytes can mean twice the speed, but only with the right instructions: on a CPU without them, and on
-    some that have them, bf16 is the slower one. So both are timed; it takes a fraction of a second.
+    Yields, about twenty times an epoch and at its end, a point of the training curves (POINT_COLUMNS and the time),
+    and the loss and accuracy of the epoch so far. All are means over the images (a point's since the last point), and
+    the loss is without smoothing, so that all runs can be compared.
     """
-    if device == "cuda":  # older cards only imitate it
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-    if device == "mps":
-        return "fp32"
-    for size in (128, 512):
-        seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-        for _ in range(5):
-            for dtype in seconds:
-                a = torch.ones(size, size, dtype=dtype)
-                start = time.perf_counter()
-                a @ a
-                seconds[dtype] = min(time.perf_counter() - start, seconds[dtype])
-        if seconds[torch.bfloat16] > 3 * seconds[torch.float32]:
-            return "fp32"  # bf16 is imitated, which takes long in larger products
-    return "bf16" if seconds[torch.bfloat16] < 0.75 * seconds[torch.float32] else "fp32"
-
-
-# ---------------------------------------------------------------------------------------------------------- training
-
-
-class Muon:
-    """Gradient descent with momentum; the step of a filter bank is made orthogonal: every direction moves as far.
-
-    A gradient is mostly a few strong directions. Replacing its singular values by ones lets the weak ones learn too,
-    which takes far fewer steps than SGD or Adam. (K. Jordan et al., "Muon: an optimizer for hidden layers in neural
-    networks", 2024; the constants here are those of his speed-run airbench94, or close.) The filters themselves are
-    kept at a fixed norm: batch norm undoes their scale anyway, and so one rate suits all layers. What is not a filter
-    bank, the shifts and the linear layer, is stepped along its own gradient (SGD), summed over the batch so that an
-    epoch goes as far in large batches as in small ones; it decays a little in each step.
-
-    It has no base class, as the first optimizer of torch.optim that is made imports more than PyTorch itself does.
-    """
-
-    def __init__(self, parameters, lr, batch_size):
-        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.velocities = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.lr = lr
-        self.batch_size = batch_size
-
-    @torch.no_grad()
-    def step(self):
-        for parameter, velocity in zip(self.parameters, self.velocities, strict=True):
-            if parameter.grad is None:
-                continue
-            momentum = 0.6 if parameter.ndim == 4 else 0.85
-            velocity.mul_(momentum).add_(parameter.grad)
-            direction = parameter.grad + momentum * velocity  # Nesterov: look one step ahead
-            if parameter.ndim == 4:
-                parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-                parameter.sub_(self.lr * orthogonalize(direction.flatten(1)).view_as(parameter))
-            else:
-                # airbench94 divides the logits by the number of inputs, hence its square
-                factor = 1 / 4 if parameter.ndim == 1 else 3.3 / parameter.shape[1] ** 2
-                rate = self.lr * self.batch_size
-                parameter.mul_(1 - 1e-5 * rate)
-                parameter.sub_(rate * factor * direction)
-
-    def state_dict(self):
-        return {"velocities": self.velocities}
-
-    def load_state_dict(self, state):
-        for velocity, saved in zip(self.velocities, state["velocities"], strict=True):
-            velocity.copy_(saved)
-
-
-def orthogonalize(matrix, steps=3):
-    """Roughly U V^T of the singular value decomposition U S V^T of a matrix, by Newton-Schulz iteration.
-
-    Each step applies an odd polynomial to the singular values that pushes those in (0, 1] towards 1. It needs nothing
-    but matrix products, which an SVD cannot compete with; the polynomial is that of Muon's authors.
-    """
-    x = matrix / (matrix.norm() + 1e-7)
-    if tall := x.shape[0] > x.shape[1]:
-        x = x.T
-    for _ in range(steps):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.T if tall else x
-
-
-def autocast(device, precision):
-    """A context for the forward pass: in it, matrix products are in bf16 if that is the precision."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-
-
-def build(settings, train_images):
-    """The network and its optimizer, as the settings say, on the device of `train_images`."""
-    torch.manual_seed(settings["seed"])
-    # Channels last: the CPU's convolutions are 1.4 to 2 times as fast with an image's channels next to each other.
-    model = ConvNet(settings["widths"]).to(train_images.device, memory_format=torch.channels_last)
-    if settings["whiten"]:
-        model.whiten(data.normalize(data.to_float(train_images[:2000])))
-        model.pass_through()
-    if settings["muon"]:
-        model.fix_scales()
-        return model, Muon(model.parameters(), settings["lr"], settings["batch_size"])
-    return model, torch.optim.Adam(model.parameters(), lr=settings["lr"])
-
-
-def learning_rate(settings, done):
-    """The rate once that share of the steps is done."""
-    return settings["lr"] * (1 - done) if settings["muon"] else settings["lr"]
-
-
-def train_step(model, optimizer, criterion, images, labels, precision):
-    """One step of gradient descent. Returns the logits (B, 10), and the loss that was minimised as a float.
-
-    The batch is worked through in parts, and the mean of their losses, weighted by their sizes, is that of the batch;
-    so their gradients add up to its gradient. What a part of 250 images leaves behind on its way forward is still near
-    the processor on its way back: a step of 1,000 is a quarter faster and takes a quarter of the memory. (Batch norm
-    alone sees no more than a part.)
-    """
-    model.zero_grad()
-    parts = math.ceil(len(images) / 250)
-    logits, loss = [], 0
-    for some, targets in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-        with autocast(images.device, precision):
-            outputs = model(some)
-        outputs = outputs.float()
-        weighted = criterion(outputs, targets) * (len(targets) / len(labels))
-        weighted.backward()
-        logits.append(outputs.detach())
-        loss += weighted.item()
-    optimizer.step()
-    return torch.cat(logits), loss
-
-
-def train_epoch(model, optimizer, criterion, batches, settings, step, steps):
-    """Train on `batches`, (images, labels) pairs, from step number `step` of `steps` on.
-
-    Returns the step number after the last of them; the loss, without smoothing so that all runs can be compared, and
-    the accuracy, both as means over the images.
-    """
+    criterion = CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
     plain_loss = CrossEntropyLoss(reduction="sum")
-    seen = loss_sum = correct = 0
-    for images, labels in batches:
+    count, every = min(len(loader), steps - step), max(1, round(len(loader) / 20))
+    seen = []  # of each step: images, their summed loss, how many are right
+    for images, labels in tqdm(itertools.islice(loader, count), total=count, leave=False, disable=None):
+        rate = settings["lr"]
         if settings["muon"]:
-            optimizer.lr = learning_rate(settings, step / steps)
+            optimizer.lr = rate = rate * (1 - step / steps)
             # The stem's shifts settle early (3 epochs of 8 in airbench94); after that its gradient, the costliest of
             # all, is spared
             model.stem.bias.requires_grad_(step < 3 / 8 * steps)
@@ -303,51 +180,63 @@ def train_epoch(model, optimizer, criterion, batches, settings, step, steps):
         step += 1
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}: try a --lr below {settings['lr']:g}")
-        seen += len(labels)
-        loss_sum += plain_loss(logits, labels).item()
-        correct += (logits.argmax(1) == labels).sum().item()
-    return step, loss_sum / seen, correct / seen
+        seen.append((len(labels), plain_loss(logits, labels).item(), (logits.argmax(1) == labels).sum().item()))
+        if len(seen) % every == 0 or len(seen) == count:
+            sums = torch.tensor(seen, dtype=torch.float64)
+            since_last = sums[(len(seen) - 1) // every * every :]
+            point, epoch = ((part[:, 1:].sum(0) / part[:, 0].sum()).tolist() for part in (since_last, sums))
+            point = dict(zip(POINT_COLUMNS, (step / len(loader), step, rate, *point), strict=True))
+            yield point | {"time": time.time()}, epoch
 
 
-def views(images):
-    """(view, weight) pairs for test-time augmentation: the images as they are, shifted by a pixel, and all mirrored."""
-    height, width = images.shape[2:]
-    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
-    for view, weight in ((images, 0.25), (padded[..., :height, :width], 0.125), (padded[..., 2:, 2:], 0.125)):
-        yield view, weight
-        yield view.flip(3), weight
-
-
+# --------------------------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(model, images, labels, precision, tta=False):
     """Loss, accuracy and, with `tta`, accuracy with test-time augmentation (else None), in evaluation mode."""
     model.eval()
-    plain_loss = CrossEntropyLoss(reduction="sum")
-    loss = correct = correct_tta = 0
-    for some, targets in zip(images.split(250), labels.split(250), strict=True):
+    plain, averaged = [], []
+    for some in images.split(250):
         inputs = data.normalize(data.to_float(some))
-        with autocast(images.device, precision):
-            outputs = [(model(view).float(), weight) for view, weight in (views(inputs) if tta else [(inputs, 1)])]
-        logits = outputs[0][0]
-        loss += plain_loss(logits, targets).item()
-        correct += (logits.argmax(1) == targets).sum().item()
-        averaged = sum(weight * logits for logits, weight in outputs)
-        correct_tta += (averaged.argmax(1) == targets).sum().item()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            outputs = [(model(view).float(), weight) for view, weight in (data.views(inputs) if tta else [(inputs, 1)])]
+        plain.append(outputs[0][0])
+        averaged.append(sum(weight * logits for logits, weight in outputs))
     model.train()
-    return loss / len(images), correct / len(images), correct_tta / len(images) if tta else None
+    loss = CrossEntropyLoss()(torch.cat(plain), labels).item()
+    right = [(torch.cat(logits).argmax(1) == labels).sum().item() for logits in (plain, averaged)]
+    return loss, right[0] / len(labels), right[1] / len(labels) if tta else None
 
 
-# --------------------------------------------------------------------------------------------------- files of a run
+def load(folder):
+    """The trained net of a run, in evaluation mode, on the CPU: (B, 3, 32, 32) normalised images -> (B, 10) logits.
+
+    Raises:
+        UsageError: the folder holds no checkpoint.
+    """
+    saved = read_checkpoint(Path(folder).expanduser() / "checkpoint.pt")
+    model = ConvNet(saved["settings"]["widths"])
+    model.load_state_dict(saved["model"])
+    return model.eval()
 
 
-def write(path, save):
-    """Write a file by `save(open file)` so that `path` is at any moment the old file whole or the new one whole."""
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")  # of this process alone
-    buffer = io.BytesIO()  # first whole in memory: what fails below is the disk and nothing else
-    save(buffer)
+# ---------------------------------------------------------------------------------------------------- files of a run
+def read_checkpoint(path):
+    """What a run has saved, once it is clear that it is that; else a UsageError."""
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")  # it may come from a GPU that is not here
+        if not saved["settings"].keys() >= RECIPES["baseline"].keys() or not saved["rows"][-1]["epoch"] > 0:
+            raise KeyError
+    except Exception as problem:  # torch.load has no error of its own for what it cannot read
+        raise UsageError(f"{path} is no checkpoint of this train.py ({type(problem).__name__})") from None
+    return saved
+
+
+def write_file(path, raw):
+    """Write the bytes `raw` so that `path` is at any moment the old file whole or the new one whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{time.time_ns()}.part")  # of this process alone
     try:
         with open(partial, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(raw)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -356,301 +245,232 @@ def write(path, save):
         raise OSError(problem.errno, problem.strerror, str(path)) from None
 
 
-def write_csv(path, columns, rows):
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write(path, lambda file: file.write(text.getvalue().encode()))
-
-
 @contextlib.contextmanager
-def events(folder):
-    """A SummaryWriter for the events of a run; what cannot be written is an OSError that names the folder.
-
-    It writes at once. tensorboardX has a thread for that, which dies of a full disk while we wait for it for ever.
-    """
-    writer = SummaryWriter(str(folder))
-    file = writer.file_writer.event_writer
-    file.add_event = file._ev_writer.write_event
+def survive_failure(path):
+    """Only the checkpoint can end a run: if another file cannot be written, a line says so and the run goes on."""
     try:
-        with writer:
-            yield writer
+        yield
     except OSError as problem:
-        file._closed = True  # else it is closed again at exit, where nobody catches the error
-        raise problem if problem.filename else OSError(problem.errno, problem.strerror, str(folder)) from None
+        reason = problem.strerror or problem
+        print(f"train.py: cannot write {path} ({reason}): going on, next try after the next epoch", file=sys.stderr)
 
 
-def log(writer, row, lr):
-    """One row of the metrics to TensorBoard."""
-    for tag, column in CURVES.items():
-        writer.add_scalar(tag, row[column], row["step"])
-    writer.add_scalar("learning_rate", lr, row["step"])
-    writer.flush()
+def write_tables(folder, settings, command, points, rows):
+    """Write what people read of a run: what it takes to run the same again, and what was measured."""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    config = {**settings, "command": command, "versions": versions, "threads": torch.get_num_threads()}
+    with survive_failure(folder / "config.json"):
+        write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+    columns = (*COLUMNS, "val_accuracy_tta") if settings["tta"] else COLUMNS
+    for path, header, table in ((folder / "metrics.csv", columns, rows), (folder / "steps.csv", POINT_COLUMNS, points)):
+        lines = [header, *([row.get(column, "") for column in header] for row in table)]
+        with survive_failure(path):
+            write_file(path, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
-def log_run(writer, settings, model, train_set):
-    """What TensorBoard shows beside the curves: images as the network sees them, its graph, the settings (HPARAMS)."""
+def write_curves(folder, writer, points, rows):
+    """Add points (training) and rows (validation) to TensorBoard's events of a run, at the time they were measured.
+
+    Without a `writer` a new file is begun, in which TensorBoard is told to forget what the others hold (to purge from
+    step 0 on): so it shows each step once, whenever a run was killed and however long TensorBoard has been open.
+    Returns the writer, or None if the file cannot be written (SummaryWriter's thread would die of that unnoticed).
+    """
+    with survive_failure(folder / "events"):
+        if not writer:
+            writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")  # sorts behind others of this second
+            writer.write_event(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
+        for tags, measured in ((TRAINING_TAGS, points), (VALIDATION_TAGS, rows)):
+            for (tag, column), one in itertools.product(tags.items(), measured):
+                summary = scalar(tag, one[column])
+                writer.write_event(Event(wall_time=one["time"], step=one["step"], summary=summary))
+        writer.flush()
+        return writer
+
+
+def write_extras(writer, settings, train_set):
+    """What TensorBoard shows beside the curves: images as the network sees them, and the settings (HPARAMS)."""
     generator = torch.Generator().manual_seed(settings["seed"])
     images, _ = next(iter(data.Loader(*train_set, 32, settings["augment"], generator)))
-    writer.add_images("images", data.denormalize(images).cpu())
-    with warnings.catch_warnings():  # it is traced by a part of PyTorch that wants to be replaced
-        warnings.simplefilter("ignore")
-        writer.add_graph(model.eval(), images[:1])
-    values = {key: str(value) if isinstance(value, (tuple, list)) else value for key, value in settings.items()}
-    for summary in hparams(values, CURVES):
-        writer.file_writer.add_summary(summary)
+    pictures = image("images", data.denormalize(images).clamp(0, 1).cpu(), dataformats="NCHW")
+    values = {key: str(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    for summary in (pictures, *hparams(values, {**TRAINING_TAGS, **VALIDATION_TAGS})):
+        writer.write_event(Event(wall_time=time.time(), summary=summary))
+    writer.close()
 
 
-def environment():
-    """What, beside the settings, it takes to run the same again."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "git_commit": commit or None,
-        "versions": {"python": platform.python_version(), **versions},
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-    }
-
-
-def finished_epochs(experiments):
-    """{name: rows of metrics.csv} of every run under `experiments` that has come to the end of an epoch."""
+def read_curves(experiments):
+    """{name: (points, rows)} of every run under `experiments` that has come to the end of an epoch."""
     runs = {}
     for path in sorted(experiments.glob("*/metrics.csv")):
+        tables = []
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, csv.Error):  # being deleted, or not ours
-            with open(path, newline="") as file:
-                rows = list(csv.DictReader(file))
-            if rows and all(math.isfinite(float(row[column])) for row in rows for column in COLUMNS):
-                runs[path.parent.name] = rows
+            for name, columns in (("steps.csv", POINT_COLUMNS), ("metrics.csv", COLUMNS)):
+                with open(path.with_name(name), newline="") as file:
+                    tables.append([{column: float(row[column]) for column in columns} for row in csv.DictReader(file)])
+            if tables[1]:
+                runs[path.parent.name] = tables
     return runs
 
 
 def draw_curves(path, runs):
-    """Draw loss and accuracy of `runs`, {name: rows of metrics.csv}, in one picture (Figure 2)."""
+    """Draw loss and accuracy of `runs`, {name: (points of training, rows of validation)}, in one picture (Figure 2)."""
     from matplotlib.figure import Figure  # here, as importing it takes longer than the first steps of training
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 4.4 + 0.22 * len(runs) / 2), layout="constrained")
-    panels = dict(zip(("loss", "accuracy"), figure.subplots(1, 2), strict=True))
-    for (name, rows), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
-        name = " " + name.replace("$", r"\$")  # matplotlib hides labels that begin with _ and reads $...$ as a formula
-        for metric, panel in panels.items():
-            for part, style, label, inside in (("train", "o--", None, "white"), ("val", "o-", name, color)):
-                points = [(float(row["epoch"]), float(row[f"{part}_{metric}"])) for row in rows]
-                panel.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=4, mfc=inside)
-    for metric, panel in panels.items():
-        panel.set(xlabel="epoch", ylabel=metric, title=f"{metric}: training dashed and hollow, validation solid")
+    figure = Figure(figsize=(11, 4.4 + 0.11 * len(runs)), layout="constrained")
+    last = max([1, *(rows[-1]["epoch"] for _, rows in runs.values())])
+    for metric, panel in zip(("loss", "accuracy"), figure.subplots(1, 2), strict=True):
+        for number, (name, (points, rows)) in enumerate(runs.items()):
+            color, again = COLORS[number % len(COLORS)], number // len(COLORS)  # from the 8th on, other shapes as well
+            label = " " + name.replace("$", r"\$")  # matplotlib hides _names and reads $...$ as a formula
+            training = [row["epoch"] for row in points], [row[f"train_{metric}"] for row in points]
+            panel.plot(*training, "." + ("--", ":", "-.")[again % 3], color=color, linewidth=1, markersize=1)
+            validation = [row["epoch"] for row in rows], [row[f"val_{metric}"] for row in rows]
+            panel.plot(*validation, "os^Dv"[again % 5] + "-", color=color, linewidth=1, markersize=5, label=label)
+        panel.set(title=f"{metric}: training dashed, validation solid", xlabel="epoch", xlim=(0, 1.02 * last))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
-    panels["loss"].set_ylim(bottom=0)
-    figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(picture := io.BytesIO(), format="png", dpi=110)
+    write_file(path, picture.getvalue())
 
 
-def folders(args, settings):
-    """The folders that a run of this name may have: NAME and, unless it was given, NAME-2, NAME-3, ..."""
-    given = args.name is not None
-    name = args.name if given else "{recipe}-lr{lr:g}-{augment}-seed{seed}".format(**settings)
-    if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
-        raise UsageError(f"--name {name!r} must be the name of one folder, without slashes")
-    yield Path(args.experiments, name)
-    for count in () if given else itertools.count(2):
-        yield Path(args.experiments, f"{name}-{count}")
+# ---------------------------------------------------------------------------------------------------------- one run
+def find_folder(args, settings):
+    """The run's folder: a new one or, with --resume, that of its name that was saved last, if there is any.
 
-
-def taken(folder):
-    return UsageError(f"{folder} is there already: choose another --name, or go on with that run by --resume")
-
-
-def new_folder(args, settings, fill):
-    """Make the run's folder, under the first name that is free, with what `fill` puts in. Returns it and its claim.
-
-    It is filled before it gets its name: a run that can be seen can be resumed, and of two that start at once under
-    one name the second finds the name taken.
+    To make it is to claim the name. Of two runs that start at once one can; the other takes the next, or is told so.
     """
-    hidden = Path(args.experiments, f".new-{secrets.token_hex(8)}")
-    try:
-        hidden.mkdir(parents=True)
-        fill(hidden)
-        claimed = claim(hidden)
-        for folder in folders(args, settings):
-            try:
-                return hidden.rename(folder), claimed
-            except OSError:
-                if not folder.exists():
-                    raise
-        raise taken(folder)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+    changed = [f"-{key}={settings[key]}" for key in SETTABLE if settings[key] != RECIPES[settings["recipe"]][key]]
+    changed = re.sub("[() ]", "", "".join(changed)).lower()
+    name = "{recipe}-lr{lr:g}-{augment}{changed}-seed{seed}".format(changed=changed, **settings)
+    names = [name, *(f"{name}-{number}" for number in range(2, 1000))] if args.name is None else [args.name]
+    if names[0] in ("", ".", "..") or Path(names[0]).name != names[0] or "\\" in names[0]:
+        raise UsageError(f"--name {names[0]!r} must be the name of one folder, without slashes")
+    folders = [Path(args.experiments).expanduser() / name for name in names]
+    if args.resume:
+        saved = [folder for folder in folders if (folder / "checkpoint.pt").exists()]
+        folders = [max(saved, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime, default=folders[0])]
+    for folder in folders:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True, exist_ok=args.resume)
+            return folder
+    raise UsageError(f"{folder} is there already: choose another --name, or go on with that run by --resume")
 
 
-def old_folder(args, settings):
-    """The folder of the run of this name that was saved last, to resume, and its claim."""
-    possible = [folder / "checkpoint.pt" for folder in itertools.islice(folders(args, settings), 1000)]
-    there = [checkpoint for checkpoint in possible if checkpoint.exists()]
-    if not there:
-        raise UsageError(f"nothing to resume: there is no {possible[0]}")
-    folder = max(there, key=lambda checkpoint: checkpoint.stat().st_mtime).parent
-    return folder, claim(folder)
-
-
-def claim(folder):
-    """Lock a run's folder for this process, until what is returned is closed or the process ends, be it by SIGKILL.
-
-    Raises:
-        UsageError: another process has it.
-    """
-    if not fcntl:
-        return contextlib.nullcontext()
-    file = open(folder / "config.json", "a")  # noqa: SIM115, run() closes it
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"{folder} is in use: that run is still going on, in another process") from None
-    except OSError:  # a file system without locks: like Windows
-        pass
-    return file
-
-
-def load_checkpoint(path, args, settings):
-    """The checkpoint of a run to resume, once it is clear that it is one and that `args` does not contradict it."""
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")  # it may come from a GPU not here
-        stored = checkpoint["settings"] = {key: checkpoint["settings"][key] for key in settings}
-    except Exception as problem:  # torch.load has no error of its own for what it cannot read
-        raise UsageError(f"{path} is no checkpoint of this train.py ({type(problem).__name__})") from None
-    given = {key for key, value in vars(args).items() if value is not None}
-    for key in (stored.keys() & given) - {"device"}:
-        if stored[key] != getattr(args, key):
-            flag = "--" + key.replace("_", "-")
+def continue_settings(saved, args, settings, folder):
+    """The settings that a run was started with, once it is clear that the command line does not contradict them."""
+    stored, done = saved["settings"], saved["rows"][-1]["epoch"]
+    for key, value in list_given(args).items():
+        if key == "device" and settings[key] != stored[key]:
+            stored |= {key: settings[key], "precision": settings["precision"]}
+        elif key == "epochs" and value >= done == int(done) and not stored["muon"] and not stored["sizes"]:
+            stored[key] = value  # nothing that was done depended on how many there will be
+        elif key != "device" and value != stored[key]:
+            flag, why = (
+                name_flag(key),
+                ", over which Muon's rate falls to 0" if key == "epochs" and stored["muon"] else "",
+            )
             raise UsageError(
-                f"{path.parent} was started with {flag} {stored[key]}: leave {flag} out to resume it, "
+                f"{folder} was started with {flag} {stored[key]}{why}: leave {flag} out to resume it, "
                 "or say by --name which other run is meant"
             )
-    return checkpoint
-
-
-# ------------------------------------------------------------------------------------------------------------- main
+    return stored
 
 
 def run(args):
-    """One run from its settings to its curves."""
-    settings, checkpoint = settings_of(args), None
-    if args.resume:
-        folder, claimed = old_folder(args, settings)
-        checkpoint = load_checkpoint(folder / "checkpoint.pt", args, settings)
-        if args.device and settings["device"] != checkpoint["settings"]["device"]:
-            checkpoint["settings"] |= {key: settings[key] for key in ("device", "precision")}
-        settings = checkpoint["settings"]
-    elif args.name is not None and (folder := next(folders(args, settings))).exists():
-        raise taken(folder)  # now, and not after a download
-    device, precision = present(settings["device"]), settings["precision"]
-    train_set, val_set = ([tensor.to(device) for tensor in part] for part in data.load_cifar10(args.data))
+    """One run, from its settings to its curves."""
+    settings, command = choose_settings(args), shlex.join(["python", *sys.argv])
+    train_set, val_set = data.load_cifar10(args.data)
+    folder = find_folder(args, settings)
+    path = folder / "checkpoint.pt"
+    saved = read_checkpoint(path) if path.exists() else None
+    if saved:
+        settings, command = continue_settings(saved, args, settings, folder), saved.get("command", command)
+    device = find_device(settings["device"])
+    if held_out := settings["held_out"]:
+        train_set, val_set = zip(*((part[:-held_out], part[-held_out:]) for part in train_set), strict=True)
+    train_set, val_set = ([tensor.to(device) for tensor in part] for part in (train_set, val_set))
 
-    start = time.perf_counter()
-    step, rows = 0, []
-    criterion = CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
-    generator = torch.Generator().manual_seed(settings["seed"])
     try:
-        model, optimizer = build(settings, train_set[0])
+        lock = FileLock(folder / ".lock").acquire(timeout=0)  # this process's until it ends, be it by SIGKILL
+    except Timeout:
+        raise UsageError(f"{folder} is in use: that run is still going on, in another process") from None
+    with lock:
+        start = time.perf_counter()
+        model, optimizer = build(settings, data.normalize(data.to_float(train_set[0][:2000])))
+        generator = torch.Generator().manual_seed(settings["seed"])
         loader = data.Loader(*train_set, settings["batch_size"], settings["augment"], generator)
         steps = max(1, round(settings["epochs"] * len(loader)))
-        train_seconds = time.perf_counter() - start
-        if checkpoint:
-            step, rows, train_seconds = checkpoint["step"], checkpoint["rows"], checkpoint["train_seconds"]
-            loader.epoch = len(rows)
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            generator.set_state(checkpoint["generator"])
-    except Exception as problem:
-        if not checkpoint or out_of_memory(problem):
-            raise
-        raise UsageError(f"{folder / 'checkpoint.pt'} does not fit ({type(problem).__name__})") from None
+        step, points, rows, seconds = 0, [], [], time.perf_counter() - start
+        if saved:
+            try:
+                step, points, rows, seconds = (saved[key] for key in ("step", "points", "rows", "train_seconds"))
+                loader.epoch = len(rows)
+                model.load_state_dict(saved["model"])
+                optimizer.load_state_dict(saved["optimizer"])
+                generator.set_state(saved["generator"])
+            except Exception as problem:
+                raise UsageError(f"{path} does not fit ({type(problem).__name__})") from None
+        how = f"on {device}, {torch.get_num_threads()} threads, {settings['precision']}"
+        print(f"run {folder} {how}, " + (f"goes on after step {step} of {steps}" if saved else "starts"), flush=True)
 
-    def save(folder):
-        state = {
-            "settings": settings, "step": step, "rows": rows, "train_seconds": train_seconds,
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
-        }  # fmt: skip
-        write(folder / "checkpoint.pt", lambda file: torch.save(state, file))
-
-    def fill(folder):
-        config = json.dumps({**settings, **environment()}, indent=2)
-        write(folder / "config.json", lambda file: file.write(config.encode()))
-        save(folder)  # so that there is something to resume from the first step on
-
-    if checkpoint:
-        # Events may hold points from after the checkpoint; its own are logged again below. Parts are of killed writers.
-        for left_over in (*folder.glob("events.out.tfevents.*"), *folder.glob("*.part")):
+        for left_over in folder.glob("*.part"):  # of killed writers
             left_over.unlink()
-    else:
-        folder, claimed = new_folder(args, settings, fill)
-    resumed = f", resumed after step {step} of {steps}" if checkpoint else ""
-    threads = torch.get_num_threads()
-    print(f"run {folder} on {device}, {threads} threads, {precision}, channels last{resumed}", flush=True)
-    with claimed, events(folder) as writer:
-        columns = [*COLUMNS, "val_accuracy_tta"] if settings["tta"] else COLUMNS
-        write_csv(folder / "metrics.csv", columns, rows)
-        writer.add_scalar("learning_rate", settings["lr"], 0)
-        for row in rows:
-            log(writer, row, learning_rate(settings, row["step"] / steps))
-
+        write_tables(folder, settings, command, points, rows)
+        writer = write_curves(folder, None, points, rows)
         while step < steps:
             start = time.perf_counter()
-            batches = itertools.islice(loader, steps - step)
-            batches = tqdm(batches, total=min(len(loader), steps - step), leave=False, disable=None)
-            step, *training = train_epoch(model, optimizer, criterion, batches, settings, step, steps)
-            train_seconds += time.perf_counter() - start
+            for point, epoch_means in train_epoch(model, optimizer, loader, settings, step, steps):  # noqa: B007
+                points.append(point)
+                writer = writer and write_curves(folder, writer, [point], [])
+            step, seconds = points[-1]["step"], seconds + time.perf_counter() - start
 
-            *validation, tta = evaluate(model, *val_set, precision, tta=settings["tta"] and step == steps)
+            tta = settings["tta"] and step == steps
+            *validation, accuracy_tta = evaluate(model, *val_set, settings["precision"], tta)
             if not math.isfinite(validation[0]):  # before it is saved in place of what was good
                 raise FloatingPointError(f"the validation loss is {validation[0]}: try a --lr below {settings['lr']:g}")
-            row = dict(zip(COLUMNS, (step / len(loader), step, train_seconds, *training, *validation), strict=True))
-            if settings["tta"]:
-                row["val_accuracy_tta"] = "" if tta is None else tta
-            rows.append(row)
-            save(folder)
-            write_csv(folder / "metrics.csv", columns, rows)
-            log(writer, row, learning_rate(settings, step / steps))
+            row = dict(zip(COLUMNS, (step / len(loader), step, seconds, *epoch_means, *validation), strict=True))
+            rows.append(row | {"time": time.time()} | ({"val_accuracy_tta": accuracy_tta} if tta else {}))
+            state = {
+                "settings": settings, "command": command, "step": step, "points": points, "rows": rows,
+                "train_seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+            }  # fmt: skip
+            torch.save(state, buffer := io.BytesIO())
+            write_file(path, buffer.getvalue())
+            write_tables(folder, settings, command, points, rows)
+            writer = write_curves(folder, writer, *(([], rows[-1:]) if writer else (points, rows)))
             print(
                 f"epoch {row['epoch']:.4g} of {steps / len(loader):.4g}: "
-                f"training loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}, "
-                f"validation loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2%}"
-                + ("" if tta is None else f", with test-time augmentation {tta:.2%}")
-                + f", {train_seconds:.1f} s",
-                flush=True,
-            )
-        draw_curves(folder.parent / "curves.png", finished_epochs(folder.parent))
-        log_run(writer, settings, model, train_set)  # last: it takes longer than all that comes before the first step
-    print(f"finished: {folder}{os.sep}metrics.csv, curves of all runs in {folder.parent / 'curves.png'}")
+                "training loss {train_loss:.4f}, accuracy {train_accuracy:.2%}, "
+                "validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}, ".format(**row)
+                + (f"with test-time augmentation {accuracy_tta:.2%}, " if tta else "") + f"{seconds:.1f} s", flush=True,
+            )  # fmt: skip
+        curves = folder.parent / "curves.png"
+        with survive_failure(curves):
+            draw_curves(curves, read_curves(folder.parent))
+        if writer:
+            with survive_failure(folder / "events"):
+                write_extras(writer, settings, train_set)
+    print(f"finished: {folder / 'metrics.csv'}, curves of all runs in {curves}")
 
 
-def out_of_memory(problem):
-    """Whether an exception says so: PyTorch has no class of its own for it on every device."""
-    signs = "out of memory|not enough memory|can't allocate memory"
-    return isinstance(problem, MemoryError) or bool(re.search(signs, str(problem)))
-
-
+# ------------------------------------------------------------------------------------------------------------- main
 def main():
-    options = parser()
-    args = options.parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to stop, politely: like Ctrl-C
     try:
         run(args)
     except UsageError as problem:
-        options.exit(2, f"train.py: {problem}\n")
+        parser.exit(2, f"train.py: {problem}\n")
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        parser.exit(1, "train.py: out of memory: try a smaller --batch-size\n")
     except (data.DataError, FloatingPointError, OSError) as problem:
-        options.exit(1, f"train.py: {problem}\n")
-    except (MemoryError, RuntimeError) as problem:
-        if not out_of_memory(problem):
-            raise
-        options.exit(1, "train.py: out of memory: try a smaller --batch-size\n")
+        parser.exit(1, f"train.py: {problem}\n")
     except KeyboardInterrupt:
-        options.exit(130, "\nstopped; once training has begun, the same command with --resume goes on from there\n")
+        parser.exit(130, "\nstopped; the same command with --resume goes on from its last finished epoch\n")
 
 
 if __name__ == "__main__":

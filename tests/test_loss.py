@@ -161,9 +161,31 @@ def test_small_integers_do_not_wrap_round_to_ignore_index():
 
 
 @pytest.mark.parametrize("bad", [3, -1, 10**12])
-def test_a_class_that_does_not_exist_is_named(bad):
-    with pytest.raises(IndexError, match=str(bad)):
+def test_a_class_that_does_not_exist_is_an_error_of_gather(bad):
+    with pytest.raises(RuntimeError, match=f"index {bad} is out of bounds"):
         CrossEntropyLoss()(torch.zeros(2, 3), torch.tensor([0, bad]))
+
+
+ARGUMENTS = ({}, {"label_smoothing": 0.1}, {"weight": torch.tensor([0.5, 1, 2, 1])}, {"ignore_index": 2})
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_it_reads_no_data_and_so_works_under_vmap_and_compile_and_without_data(arguments):
+    logits, targets = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 2, 1])
+    ours, theirs = CrossEntropyLoss(**arguments), torch.nn.CrossEntropyLoss(**arguments)
+    if "ignore_index" not in arguments:  # alone, an ignored sample has no mean
+        gradients = [torch.func.vmap(torch.func.grad(loss))(logits, targets) for loss in (ours, theirs)]
+        torch.testing.assert_close(*gradients)
+    for own in (targets, logits.softmax(1)) if "ignore_index" not in arguments else (targets,):
+        compiled = torch.compile(ours, fullgraph=True, backend="eager")  # a graph that breaks is an error
+        torch.testing.assert_close(compiled(logits, own), theirs(logits, own))
+        assert ours.to("meta")(logits.to("meta"), own.to("meta")).is_meta
+        ours = CrossEntropyLoss(**arguments)
+
+
+def test_impossible_classes_do_not_spoil_the_others():
+    logits = torch.tensor([[1.0, -math.inf, 2.0]]).requires_grad_()
+    compare(logits.detach().double(), torch.tensor([2]))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
-"""network.py: shapes, parameters, gradients and the whitened stem."""
+"""network.py: shapes, parameters, gradients, the whitened stem, and how the net is stepped."""
 
 import ast
+import copy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import network
+from loss import CrossEntropyLoss
 
 
 def net(seed=0, **options):
@@ -138,8 +141,67 @@ def test_scales_are_fixed_where_they_do_no_more_than_scale():
     assert model.head.weight.std().item() == pytest.approx(1 / 1000, rel=0.05)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (5, 30), (30, 5)])
+def test_orthogonalize_keeps_singular_vectors_and_evens_out_singular_values(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    core = u.T @ network.orthogonalize(matrix, steps=5) @ vh.T
+    values = core.diagonal()
+    assert (core - torch.diag(values)).abs().max() < 1e-9
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+
+
+def test_muon_steps_filters_along_the_orthogonalized_nesterov_gradient_at_a_fixed_norm_and_the_rest_as_sgd_does():
+    filters, shift, linear = (torch.randn(shape, requires_grad=True) for shape in ((4, 3, 3, 3), (4,), (2, 5)))
+    frozen = torch.randn(4)
+    optimizer = network.Muon([filters, frozen, shift, linear], lr=0.1, batch_size=20)
+    references = [parameter.detach().clone().requires_grad_() for parameter in (shift, linear)]
+    groups = [
+        {"params": reference, "lr": 2 * factor} for reference, factor in zip(references, (1 / 4, 3.3 / 25), strict=True)
+    ]
+    sgd = torch.optim.SGD(groups, momentum=0.85, nesterov=True)
+    velocity = torch.zeros(4, 27)
+    for _ in range(3):
+        expected = filters.detach().flatten(1) * 2 / filters.detach().norm()
+        filters.grad, shift.grad, linear.grad = torch.randn(4, 3, 3, 3), torch.randn(4), torch.randn(2, 5)
+        gradient = filters.grad.flatten(1)
+        velocity = 0.6 * velocity + gradient
+        expected -= 0.1 * network.orthogonalize(gradient + 0.6 * velocity)
+        for parameter, reference in zip((shift, linear), references, strict=True):
+            reference.grad = parameter.grad.clone()
+            reference.data.mul_(1 - 2e-5)
+        optimizer.step()
+        sgd.step()
+        torch.testing.assert_close(filters.detach().flatten(1), expected)
+        torch.testing.assert_close([shift, linear], references, rtol=1e-6, atol=1e-7)
+    filters.grad, shift.grad, before = torch.randn(4, 3, 3, 3), None, shift.clone()
+    optimizer.step()
+    assert torch.equal(shift, before)  # without a gradient nothing moves, whatever the velocity
+
+
+def test_a_step_in_parts_is_the_step_of_the_whole_batch():
+    generator, sizes = torch.Generator().manual_seed(0), []
+    images, labels = torch.randn(501, 3, 2, 2, generator=generator), torch.arange(501) % 10
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
+    reference = copy.deepcopy(model)
+    model.register_forward_hook(lambda module, inputs, outputs: sizes.append(len(outputs)))
+    sgd, reference_sgd = (torch.optim.SGD(net.parameters(), lr=0.5) for net in (model, reference))
+    for _ in range(2):  # the second step shows whether gradients of the first are left over
+        logits, loss = network.train_step(model, sgd, CrossEntropyLoss(), images, labels, "fp32")
+        expected_logits = reference(images)
+        expected_loss = torch.nn.functional.cross_entropy(expected_logits, labels)
+        reference_sgd.zero_grad()
+        expected_loss.backward()
+        reference_sgd.step()
+        torch.testing.assert_close(logits, expected_logits.detach(), rtol=1e-5, atol=1e-6)
+        assert loss == pytest.approx(expected_loss.item(), rel=1e-5)
+        torch.testing.assert_close([*model.parameters()], [*reference.parameters()], rtol=1e-5, atol=1e-6)
+    assert sizes == [167] * 6
+
+
 def test_no_torchvision():
     tree = ast.parse(Path(network.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} == {"torch"}
+    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"torch"}
