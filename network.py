@@ -201,6 +201,19 @@ def train_step(model, optimizer, criterion, images, labels, precision):
     return torch.cat(logits), loss
 
 
+class UsageError(Exception):
+    """What was asked for cannot be done; the message says why and what to ask for instead."""
+
+
+def find_device(name):
+    """The device of that name, "cpu", "cuda" or "mps"; for "auto" the fastest that there is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    devices = [device for device in there if there[device]]
+    if name not in ("auto", *devices):
+        raise UsageError(f"--device {name} is not there: PyTorch sees {', '.join(devices)}")
+    return devices[0] if name == "auto" else name
+
+
 def choose_precision(device):
     """ "bf16" where matrix products in it are faster than in fp32, else "fp32"."""
     if device != "cpu":  # older cards only imitate it

@@ -5,13 +5,11 @@
     python train.py --recipe best             the best accuracy
 
 Every run has a folder of its own under experiments/. Its checkpoint.pt is all that --resume and `load` need; made from
-it are metrics.csv (a row an epoch), steps.csv (the training curves, about twenty points an epoch), config.json and
-TensorBoard's events. experiments/curves.png shows the curves of all runs in one picture.
+it are config.json, metrics.csv (a row an epoch) and TensorBoard's events; and, of all runs together, curves.png.
 """
 
 import argparse
 import contextlib
-import csv
 import io
 import itertools
 import json
@@ -33,10 +31,9 @@ from tqdm import tqdm
 
 import data
 from loss import CrossEntropyLoss
-from network import ConvNet, build, choose_precision, train_step
+from network import ConvNet, UsageError, build, choose_precision, find_device, train_step
 
-# What a recipe is: defaults. Those in the first row of each have a flag, the others are set by --set.
-#
+# What a recipe is: defaults. Those in the first row of each have a flag, the others are set by --set:
 #   whiten           start from a fixed first layer that decorrelates neighbouring pixels, and from others that let it
 #                    through (network.ConvNet.whiten, .pass_through)
 #   muon             optimise by network.Muon with a rate that falls linearly to 0: large steps first, then ever smaller
@@ -77,16 +74,11 @@ LIMITS = {
     "widths": (1, 4096), "sizes": (17, 64), "label_smoothing": (0, 1), "held_out": (0, 49_998),
 }  # fmt: skip
 COLUMNS = ("epoch", "step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
-POINT_COLUMNS = ("epoch", "step", "learning_rate", "train_loss", "train_accuracy")
 # TensorBoard's tags, which lay all runs over each other in the same charts, and what they show
 TRAINING_TAGS = {"loss/train": "train_loss", "accuracy/train": "train_accuracy", "learning_rate": "learning_rate"}
 VALIDATION_TAGS = {"loss/val": "val_loss", "accuracy/val": "val_accuracy"}
 # Colors that the color-blind tell apart: M. Okabe and K. Ito, "Color Universal Design", 2008
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message says why and what to ask for instead."""
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -105,28 +97,25 @@ def make_parser():
 
     parser = argparse.ArgumentParser(usage="python train.py [options]", description="Train a CNN on CIFAR-10.")
     add = parser.add_argument
-    # fmt: off
     add("--recipe", choices=RECIPES, help="set of defaults; flags given beside it win (default: baseline)")
     add("--lr", type=float, help=f"learning rate {by_recipe('lr')}")
     add("--epochs", type=float, metavar="N", help=f"passes over the training set, or a fraction {by_recipe('epochs')}")
     add("--batch-size", type=int, metavar="N", help=f"images in a step {by_recipe('batch_size')}")
     add("--augment", choices=data.AUGMENTATIONS, help=f"as visualize_aug.py draws it {by_recipe('augment')}")
-    add("--set", type=parse_setting, action="append", default=[], metavar="KEY=VALUE",
-        help=f"what has no flag, may be repeated: {EXAMPLES} (default: by recipe)")
+    add("--set", type=parse_setting, action="append", metavar="KEY=VALUE", help=f"{EXAMPLES} (default: by recipe)")
     add("--seed", type=int, metavar="N", help="of all that is drawn by chance (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="auto takes a GPU where there is one (default: auto)")
     add("--data", default="datasets", metavar="DIR", help="where CIFAR-10 is, or is put (default: datasets)")
     add("--experiments", default="experiments", metavar="DIR", help="where the runs are (default: experiments)")
     add("--name", help="the run's folder (default: made of recipe, rate, augmentation, what was set, and seed)")
     add("--resume", action="store_true", help="go on with the run of that name that was saved last, or start it")
-    # fmt: on
     return parser
 
 
 def list_given(args):
     """{setting: value} of all that the command line sets."""
     keys = ("recipe", "lr", "epochs", "batch_size", "augment", "seed", "device")
-    return {key: vars(args)[key] for key in keys if vars(args)[key] is not None} | dict(args.set)
+    return {key: vars(args)[key] for key in keys if vars(args)[key] is not None} | dict(args.set or [])
 
 
 def choose_settings(args):
@@ -146,22 +135,12 @@ def name_flag(key):
     return f"--set {key}" if key in SETTABLE else f"--{key.replace('_', '-')}"
 
 
-def find_device(name):
-    """The device of that name once it is clear that it is there; for "auto" the fastest there is."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    devices = [device for device in there if there[device]]
-    if name not in ("auto", *devices):
-        raise UsageError(f"--device {name} is not there: PyTorch sees {', '.join(devices)}")
-    return devices[0] if name == "auto" else name
-
-
 # -------------------------------------------------------------------------------------------- one epoch of training
 def train_epoch(model, optimizer, loader, settings, step, steps):
     """Train from step number `step` on for an epoch, or to step number `steps` if that comes first.
 
-    Yields, about twenty times an epoch and at its end, a point of the training curves (POINT_COLUMNS and the time),
-    and the loss and accuracy of the epoch so far. All are means over the images (a point's since the last point), and
-    the loss is without smoothing, so that all runs can be compared.
+    Yields, about twenty times an epoch and at its end, a point of the training curves, of the steps since the last one;
+    and (loss, accuracy) of the epoch so far. All are means over the images, without smoothing, so that runs compare.
     """
     criterion = CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
     plain_loss = CrossEntropyLoss(reduction="sum")
@@ -184,9 +163,9 @@ def train_epoch(model, optimizer, loader, settings, step, steps):
         if len(seen) % every == 0 or len(seen) == count:
             sums = torch.tensor(seen, dtype=torch.float64)
             since_last = sums[(len(seen) - 1) // every * every :]
-            point, epoch = ((part[:, 1:].sum(0) / part[:, 0].sum()).tolist() for part in (since_last, sums))
-            point = dict(zip(POINT_COLUMNS, (step / len(loader), step, rate, *point), strict=True))
-            yield point | {"time": time.time()}, epoch
+            means, epoch_means = ((part[:, 1:].sum(0) / part[:, 0].sum()).tolist() for part in (since_last, sums))
+            point = {"epoch": step / len(loader), "step": step, "time": time.time(), "learning_rate": rate}
+            yield point | {"train_loss": means[0], "train_accuracy": means[1]}, epoch_means
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -224,7 +203,8 @@ def read_checkpoint(path):
     """What a run has saved, once it is clear that it is that; else a UsageError."""
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")  # it may come from a GPU that is not here
-        if not saved["settings"].keys() >= RECIPES["baseline"].keys() or not saved["rows"][-1]["epoch"] > 0:
+        known = saved["settings"].keys() >= RECIPES["baseline"].keys() and saved["rows"][-1]["epoch"] > 0
+        if not known or not saved["points"]:
             raise KeyError
     except Exception as problem:  # torch.load has no error of its own for what it cannot read
         raise UsageError(f"{path} is no checkpoint of this train.py ({type(problem).__name__})") from None
@@ -255,17 +235,16 @@ def survive_failure(path):
         print(f"train.py: cannot write {path} ({reason}): going on, next try after the next epoch", file=sys.stderr)
 
 
-def write_tables(folder, settings, command, points, rows):
-    """Write what people read of a run: what it takes to run the same again, and what was measured."""
+def write_tables(folder, settings, command, rows):
+    """Write what people read of a run: what it takes to run the same again, and what was measured in each epoch."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     config = {**settings, "command": command, "versions": versions, "threads": torch.get_num_threads()}
     with survive_failure(folder / "config.json"):
         write_file(folder / "config.json", json.dumps(config, indent=2).encode())
     columns = (*COLUMNS, "val_accuracy_tta") if settings["tta"] else COLUMNS
-    for path, header, table in ((folder / "metrics.csv", columns, rows), (folder / "steps.csv", POINT_COLUMNS, points)):
-        lines = [header, *([row.get(column, "") for column in header] for row in table)]
-        with survive_failure(path):
-            write_file(path, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+    with survive_failure(folder / "metrics.csv"):
+        write_file(folder / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
 def write_curves(folder, writer, points, rows):
@@ -301,14 +280,10 @@ def write_extras(writer, settings, train_set):
 def read_curves(experiments):
     """{name: (points, rows)} of every run under `experiments` that has come to the end of an epoch."""
     runs = {}
-    for path in sorted(experiments.glob("*/metrics.csv")):
-        tables = []
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, csv.Error):  # being deleted, or not ours
-            for name, columns in (("steps.csv", POINT_COLUMNS), ("metrics.csv", COLUMNS)):
-                with open(path.with_name(name), newline="") as file:
-                    tables.append([{column: float(row[column]) for column in columns} for row in csv.DictReader(file)])
-            if tables[1]:
-                runs[path.parent.name] = tables
+    for path in sorted(experiments.glob("*/checkpoint.pt")):
+        with contextlib.suppress(UsageError):  # not ours
+            saved = read_checkpoint(path)
+            runs[path.parent.name] = saved["points"], saved["rows"]
     return runs
 
 
@@ -360,19 +335,16 @@ def find_folder(args, settings):
 
 def continue_settings(saved, args, settings, folder):
     """The settings that a run was started with, once it is clear that the command line does not contradict them."""
-    stored, done = saved["settings"], saved["rows"][-1]["epoch"]
-    for key, value in list_given(args).items():
-        if key == "device" and settings[key] != stored[key]:
-            stored |= {key: settings[key], "precision": settings["precision"]}
-        elif key == "epochs" and value >= done == int(done) and not stored["muon"] and not stored["sizes"]:
-            stored[key] = value  # nothing that was done depended on how many there will be
-        elif key != "device" and value != stored[key]:
-            flag, why = (
-                name_flag(key),
-                ", over which Muon's rate falls to 0" if key == "epochs" and stored["muon"] else "",
-            )
+    stored, given, done = saved["settings"], list_given(args), saved["rows"][-1]["epoch"]
+    if "device" in given and settings["device"] != stored["device"]:
+        stored |= {key: settings[key] for key in ("device", "precision")}
+    if given.get("epochs", 0) >= done == int(done) and not stored["muon"] and not stored["sizes"]:
+        stored["epochs"] = given["epochs"]  # nothing that was done depended on how many there will be
+    for key, value in given.items():
+        if key != "device" and value != stored[key]:
+            flag, spent = name_flag(key), ", over which Muon's rate falls to 0" * (key == "epochs" and stored["muon"])
             raise UsageError(
-                f"{folder} was started with {flag} {stored[key]}{why}: leave {flag} out to resume it, "
+                f"{folder} was started with {flag} {stored[key]}{spent}: leave {flag} out to resume it, "
                 "or say by --name which other run is meant"
             )
     return stored
@@ -417,7 +389,7 @@ def run(args):
 
         for left_over in folder.glob("*.part"):  # of killed writers
             left_over.unlink()
-        write_tables(folder, settings, command, points, rows)
+        write_tables(folder, settings, command, rows)
         writer = write_curves(folder, None, points, rows)
         while step < steps:
             start = time.perf_counter()
@@ -439,7 +411,7 @@ def run(args):
             }  # fmt: skip
             torch.save(state, buffer := io.BytesIO())
             write_file(path, buffer.getvalue())
-            write_tables(folder, settings, command, points, rows)
+            write_tables(folder, settings, command, rows)
             writer = write_curves(folder, writer, *(([], rows[-1:]) if writer else (points, rows)))
             print(
                 f"epoch {row['epoch']:.4g} of {steps / len(loader):.4g}: "

@@ -35,13 +35,9 @@ from loss import CrossEntropyLoss
 SCRIPT = Path(train.__file__)
 
 
-def read_table(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def rows(folder):
-    return read_table(folder / "metrics.csv")
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def results(folder):
@@ -49,7 +45,8 @@ def results(folder):
     metrics = [{key: value for key, value in row.items() if key != "train_seconds"} for row in rows(folder)]
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     saved = [*checkpoint["model"].values(), *tensors(checkpoint["optimizer"]), checkpoint["generator"]]
-    return metrics, read_table(folder / "steps.csv"), saved
+    points = [{key: value for key, value in point.items() if key != "time"} for point in checkpoint["points"]]
+    return metrics, points, saved
 
 
 def tensors(state):
@@ -281,13 +278,11 @@ def test_metrics_csv(finished):
     assert float(table[0]["train_seconds"]) < float(table[-1]["train_seconds"])
 
 
-def test_steps_csv_has_points_within_the_epochs_whose_mean_is_that_of_the_epoch(finished):
-    points = read_table(finished / "steps.csv")
-    assert list(points[0]) == list(train.POINT_COLUMNS)
-    assert [(point["step"], float(point["epoch"])) for point in points] == [(str(i), i / 3) for i in range(1, 10)]
+def test_the_points_of_an_epoch_have_its_mean(finished):
+    points = train.read_curves(finished.parent)[finished.name][0]
     for metric in ("train_loss", "train_accuracy"):
         for epoch, row in enumerate(rows(finished)):
-            parts = [float(point[metric]) for point in points[3 * epoch : 3 * epoch + 3]]
+            parts = [point[metric] for point in points[3 * epoch : 3 * epoch + 3]]
             mean = sum(size * part for size, part in zip((16, 16, 8), parts, strict=True)) / 40
             assert mean == pytest.approx(float(row[metric]))
 
@@ -309,7 +304,8 @@ def test_config_says_enough_to_run_it_again(finished):
 
 
 def test_the_events_hold_what_was_measured(finished):
-    tables = {"train": read_table(finished / "steps.csv"), "val": rows(finished)}
+    points = train.read_curves(finished.parent)[finished.name][0]
+    tables = {"train": points, "val": rows(finished)}
     expected = [
         (f"{metric}/{part}", int(row["step"]), pytest.approx(float(row[f"{part}_{metric}"])))
         for metric, part in itertools.product(("accuracy", "loss"), tables)
@@ -359,28 +355,20 @@ def test_from_the_8th_run_on_curves_differ_by_more_than_color(monkeypatch):
             assert len(set(looks)) == 21 and len({color for color, *_ in looks}) == 7
 
 
-def test_curves_show_every_run_and_pass_over_what_is_none(finished, tmp_path):
-    with Image.open(finished.parent / "curves.png") as picture:
-        assert min(picture.size) > 400
-    raw = (finished / "metrics.csv").read_bytes()
-    for name, metrics in {
-        "$_$": raw,  # is no formula
-        "b": raw,
-        "begun": raw.splitlines(True)[0],  # in its first epoch: nothing to show yet
-        "foreign": b"time,value\n1,2\n",
-        "short": raw[:-20],
-        "latin": b"\xe9" + raw,
-        "empty": b"",
-        "long": raw + b"1" * 200_000,
-    }.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.csv").write_bytes(metrics)
-        shutil.copy(finished / "steps.csv", tmp_path / name)
-    runs = train.read_curves(tmp_path)
+def test_curves_show_every_run_and_pass_over_what_is_none(finished, tiny, tmp_path):
+    for name in ("$_$", "b"):  # the first is no formula
+        shutil.copytree(finished, tmp_path / "experiments" / name)
+    for name in ("begun", "foreign"):
+        (tmp_path / "experiments" / name).mkdir()
+    (tmp_path / "experiments/foreign/checkpoint.pt").write_bytes(b"of another program")
+    (tmp_path / "experiments/foreign/metrics.csv").write_text("time,value\n1,2\n")
+    runs = train.read_curves(tmp_path / "experiments")
     assert list(runs) == ["$_$", "b"]
-    assert runs["b"][1] == [{key: float(value) for key, value in row.items()} for row in rows(finished)]
-    train.draw_curves(tmp_path / "curves.png", runs)
-    with Image.open(tmp_path / "curves.png") as picture:
+    for row, read in zip(rows(finished), runs["b"][1], strict=True):
+        assert {key: float(value) for key, value in row.items()}.items() <= read.items()
+    outcome = tiny("--epochs", 1)
+    assert outcome.returncode == 0 and outcome.stderr == ""
+    with Image.open(tmp_path / "experiments/curves.png") as picture:
         assert min(picture.size) > 400
 
 
@@ -409,7 +397,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "steps.csv", "config.json", "events"])
+@pytest.mark.parametrize("name", ["metrics.csv", "config.json", "events"])
 def test_what_cannot_be_written_is_said_in_a_line_and_written_an_epoch_later(
     finished, tiny, tmp_path, monkeypatch, name
 ):
@@ -633,7 +621,7 @@ def test_more_epochs_take_a_finished_run_to_what_a_longer_one_gives(finished, ti
 @pytest.mark.parametrize(
     "flags, more, says",
     [
-        (("--recipe", "quick", "--epochs", 1), 2, "--epochs 1.0, over which Muon's rate falls to 0"),
+        (("--recipe", "quick", "--epochs", 1), 2, "--epochs 1.0, over which Muon's rate falls to 0: leave"),
         (("--set", "sizes=17:0.5", "--epochs", 1), 2, "--epochs 1.0"),  # when the pictures grow depends on the epochs
         (("--epochs", 1.5), 2, "--epochs 1.5"),  # in the middle of an epoch, from which it does not go on
         (("--epochs", 2), 1, "--epochs 2.0"),
