@@ -7,6 +7,11 @@ Source: S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network
 Covariate Shift", 2015, arXiv:1502.03167 (below: the paper).
 """
 
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit(f"bn.py needs Python 3.10 or newer, this is {sys.version.split()[0]}")
+
 import base64
 import zlib
 

@@ -8,6 +8,7 @@ Data set: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images"
 version, raw bytes of known md5: unlike the better known pickled version it holds no code that loading would run.
 """
 
+import contextlib
 import errno
 import hashlib
 import http.client
@@ -17,8 +18,10 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -364,3 +367,62 @@ class Loader:
             if self.color:
                 images = color(images, self.generator)
             yield normalize(images), labels
+
+
+# ------------------------------------------------------------------------------------- what the scripts share: output
+
+
+def prepare_streams():
+    """Have standard output and error take any line, so that a line cannot end a run."""
+    if sys.stderr is None:  # closed, by 2>&-
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # letters that the terminal cannot show
+
+
+def write_file(path, raw, patience=0):
+    """Write the bytes `raw` so that `path` is at any moment the old file whole or the new one whole.
+
+    On Windows nobody can replace a file that another program holds open: for that many seconds it is tried again.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{time.time_ns()}.part")  # of this process alone
+    deadline = time.monotonic() + patience
+    try:
+        with open(partial, "wb") as file:
+            file.write(raw)
+            file.flush()
+            try:
+                os.fsync(file.fileno())
+            except OSError as problem:
+                if problem.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system without it
+                    raise
+        while True:
+            try:
+                return os.replace(partial, path)
+            except PermissionError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+    except OSError as problem:
+        partial.unlink(missing_ok=True)
+        raise OSError(problem.errno, problem.strerror, str(path)) from None
+
+
+def new_figure(width, height):
+    """A matplotlib figure of that size in inches, to be saved. It needs no backend, so MPLBACKEND does not matter.
+
+    Where it names one that is not installed (a notebook hands its own on to the scripts that it starts), matplotlib
+    cannot even be imported. So it is set aside meanwhile, and given back for whoever else plots in this process.
+    """
+    if "matplotlib" not in sys.modules:  # imported here, as that takes longer than the first steps of training
+        backend = os.environ.pop("MPLBACKEND", None)
+        import matplotlib
+
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

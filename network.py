@@ -206,12 +206,19 @@ class UsageError(Exception):
 
 
 def find_device(name):
-    """The device of that name, "cpu", "cuda" or "mps"; for "auto" the fastest that there is."""
+    """The device of that name, "cpu", "cuda" or "mps"; for "auto" the fastest that works."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    devices = [device for device in there if there[device]]
-    if name not in ("auto", *devices):
-        raise UsageError(f"--device {name} is not there: PyTorch sees {', '.join(devices)}")
-    return devices[0] if name == "auto" else name
+    for device in there if name == "auto" else [name]:
+        try:
+            if there[device]:
+                conv(1, 1).to(device)(torch.zeros(1, 1, 1, 1, device=device)).sum().item()
+                return device
+            reason = f"PyTorch sees only {', '.join(device for device in there if there[device])}"
+        except RuntimeError as problem:  # of a card that is too old or too new for this PyTorch, say
+            reason = str(problem).strip().splitlines()[0]
+            if name == "auto":
+                print(f"{device} cannot be used ({reason}): going on without", flush=True)
+    raise UsageError(f"--device {name} cannot be used: {reason}")
 
 
 def choose_precision(device):

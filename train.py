@@ -8,18 +8,22 @@ Every run has a folder of its own under experiments/. Its checkpoint.pt is all t
 it are config.json, metrics.csv (a row an epoch) and TensorBoard's events; and, of all runs together, curves.png.
 """
 
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit(f"train.py needs Python 3.10 or newer, this is {sys.version.split()[0]}")
+
 import argparse
 import contextlib
 import io
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import signal
-import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -146,7 +150,10 @@ def train_epoch(model, optimizer, loader, settings, step, steps):
     plain_loss = CrossEntropyLoss(reduction="sum")
     count, every = min(len(loader), steps - step), max(1, round(len(loader) / 20))
     seen = []  # of each step: images, their summed loss, how many are right
-    for images, labels in tqdm(itertools.islice(loader, count), total=count, leave=False, disable=None):
+    quiet = False if "ipykernel" in sys.modules else None  # None: where there is no terminal; a notebook is like one
+    for images, labels in tqdm(
+        itertools.islice(loader, count), total=count, leave=False, disable=quiet, mininterval=0.5
+    ):
         rate = settings["lr"]
         if settings["muon"]:
             optimizer.lr = rate = rate * (1 - step / steps)
@@ -211,20 +218,6 @@ def read_checkpoint(path):
     return saved
 
 
-def write_file(path, raw):
-    """Write the bytes `raw` so that `path` is at any moment the old file whole or the new one whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{time.time_ns()}.part")  # of this process alone
-    try:
-        with open(partial, "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as problem:
-        partial.unlink(missing_ok=True)
-        raise OSError(problem.errno, problem.strerror, str(path)) from None
-
-
 @contextlib.contextmanager
 def survive_failure(path):
     """Only the checkpoint can end a run: if another file cannot be written, a line says so and the run goes on."""
@@ -240,11 +233,11 @@ def write_tables(folder, settings, command, rows):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     config = {**settings, "command": command, "versions": versions, "threads": torch.get_num_threads()}
     with survive_failure(folder / "config.json"):
-        write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+        data.write_file(folder / "config.json", json.dumps(config, indent=2).encode())
     columns = (*COLUMNS, "val_accuracy_tta") if settings["tta"] else COLUMNS
     lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
     with survive_failure(folder / "metrics.csv"):
-        write_file(folder / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+        data.write_file(folder / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
 def write_curves(folder, writer, points, rows):
@@ -289,10 +282,7 @@ def read_curves(experiments):
 
 def draw_curves(path, runs):
     """Draw loss and accuracy of `runs`, {name: (points of training, rows of validation)}, in one picture (Figure 2)."""
-    from matplotlib.figure import Figure  # here, as importing it takes longer than the first steps of training
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(11, 4.4 + 0.11 * len(runs)), layout="constrained")
+    figure = data.new_figure(11, 4.4 + 0.11 * len(runs))
     last = max([1, *(rows[-1]["epoch"] for _, rows in runs.values())])
     for metric, panel in zip(("loss", "accuracy"), figure.subplots(1, 2), strict=True):
         for number, (name, (points, rows)) in enumerate(runs.items()):
@@ -303,11 +293,13 @@ def draw_curves(path, runs):
             validation = [row["epoch"] for row in rows], [row[f"val_{metric}"] for row in rows]
             panel.plot(*validation, "os^Dv"[again % 5] + "-", color=color, linewidth=1, markersize=5, label=label)
         panel.set(title=f"{metric}: training dashed, validation solid", xlabel="epoch", xlim=(0, 1.02 * last))
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.locator_params(axis="x", integer=True)
         panel.grid(alpha=0.3)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(picture := io.BytesIO(), format="png", dpi=110)
-    write_file(path, picture.getvalue())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters of a name that the font does not have
+        figure.savefig(picture := io.BytesIO(), format="png", dpi=110)
+    data.write_file(path, picture.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------- one run
@@ -410,7 +402,7 @@ def run(args):
                 "generator": generator.get_state(),
             }  # fmt: skip
             torch.save(state, buffer := io.BytesIO())
-            write_file(path, buffer.getvalue())
+            data.write_file(path, buffer.getvalue(), patience=10)
             write_tables(folder, settings, command, rows)
             writer = write_curves(folder, writer, *(([], rows[-1:]) if writer else (points, rows)))
             print(
@@ -430,6 +422,7 @@ def run(args):
 
 # ------------------------------------------------------------------------------------------------------------- main
 def main():
+    data.prepare_streams()
     parser = make_parser()
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to stop, politely: like Ctrl-C

@@ -6,36 +6,49 @@ The picture goes through the very functions that the training's loader calls; sh
 what is seen here at 512x512 is what happens at 32x32.
 """
 
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit(f"visualize_aug.py needs Python 3.10 or newer, this is {sys.version.split()[0]}")
+
 import argparse
+import io
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 import data
 
 SEED = 5  # one whose draws are easy to see: a flip, a shift both ways, a change of color
+SIZE = 1024  # pixels that a picture has at most after it is read, each way; a third of the figure has 360
 
 
 def read(path):
     """Any picture that Pillow opens, as RGB: uint8 (1, 3, H, W). Transparent pixels are laid on white.
 
+    A large one is made smaller, to at most 1,024 pixels each way: that is more than can be seen of it.
+
     Raises:
         OSError: there is no such file, or it is not (wholly) a picture.
-        Image.DecompressionBombWarning: it has more pixels than a picture should.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        opened = Image.open(path)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of pictures as large as a good phone's
+        opened = Image.open(Path(path).expanduser())
     with opened as picture:
+        levels = 65535 if picture.mode.startswith("I;16") else 1
+        if levels > 1:
+            picture = picture.convert("I")
+        elif picture.mode in ("1", "P", "PA", "LA"):
+            picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        picture.thumbnail((SIZE, SIZE))
         picture = ImageOps.exif_transpose(picture)  # as the camera was held
-        if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits a pixel: scale to 8
-            levels = np.asarray(picture, dtype=np.float64)
-            levels *= 255 / max(65535 if picture.mode.startswith("I;16") else 0, levels.max(), 1)
-            picture = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+        if picture.mode in ("I", "F"):  # 16 or 32 bits a pixel: scale to 8
+            pixels = np.asarray(picture, dtype=np.float64)
+            pixels = pixels * (255 / max(levels, pixels.max()))
+            picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -51,7 +64,7 @@ def draw(images):
         "color": data.color(data.to_float(images), generator),
     }
     height, width = images.shape[2:]
-    figure = Figure(figsize=(12, max(1.5, min(12, 4 * height / width)) + 0.35), layout="constrained")
+    figure = data.new_figure(12, max(1.5, min(12, 4 * height / width)) + 0.35)
     for axes, (title, panel) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         axes.imshow(panel[0].permute(1, 2, 0).numpy())
         axes.set_title(title, fontsize=16)
@@ -60,22 +73,30 @@ def draw(images):
 
 
 def main():
+    data.prepare_streams()
     parser = argparse.ArgumentParser(
-        usage="python visualize_aug.py IMAGE [--output PNG]", description="Draw what the augmentations do to a picture."
+        usage="python visualize_aug.py IMAGE [--output PICTURE]",
+        description="Draw what the augmentations do to a picture.",
     )
     parser.add_argument("image", metavar="IMAGE", type=Path, help="any picture that Pillow opens")
-    parser.add_argument(
-        "--output", metavar="PNG", type=Path, help="where to save (default: IMAGE's name with _aug.png)"
-    )
+    help = "where to save; its ending names the format (default: IMAGE's name with _aug.png)"
+    parser.add_argument("--output", metavar="PICTURE", type=Path, help=help)
     args = parser.parse_args()
-    output = args.output or Path(f"{args.image.stem}_aug.png")
+    output = (args.output or Path(f"{args.image.stem}_aug.png")).expanduser()
     try:
-        images = read(args.image)
+        figure = draw(read(args.image))
+    except UnidentifiedImageError:
+        reason = "is no picture that Pillow can read: convert it, a phone's HEIC for example, to JPEG or PNG first"
+        parser.exit(1, f"visualize_aug.py: {args.image} {reason}\n")
     except Exception as problem:  # Pillow has many, and no class of its own for all of them
         reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else problem
         parser.exit(1, f"visualize_aug.py: {args.image} cannot be read as a picture: {reason}\n")
+    formats = figure.canvas.get_supported_filetypes()
+    if output.suffix[1:].lower() not in formats:
+        parser.exit(2, f"visualize_aug.py: --output {output} must end in one of .{', .'.join(formats)}\n")
     try:
-        draw(images).savefig(output, format="png", dpi=90)
+        figure.savefig(picture := io.BytesIO(), format=output.suffix[1:].lower(), dpi=90)
+        data.write_file(output, picture.getvalue())
     except OSError as problem:
         parser.exit(1, f"visualize_aug.py: cannot write {output}: {problem.strerror or problem}\n")
     print(f"saved {output}: original, position, color")

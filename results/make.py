@@ -148,7 +148,7 @@ class Runs:
                 table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
                 table.writeheader()
                 table.writerows(self.rows)
-                train.write_file(RESULTS / "runs.csv", text.getvalue().encode())
+                data.write_file(RESULTS / "runs.csv", text.getvalue().encode())
                 self.read()  # as the file has them, every column filled
                 last = self.of(run)[seed][-1]
                 print(f"  {float(last['val_accuracy']):.2%} in {float(last['train_seconds']):.1f} s", flush=True)
@@ -223,7 +223,7 @@ def text_of_tables(runs):
 
 def save(figure, name):
     figure.savefig(picture := io.BytesIO(), format=Path(name).suffix[1:], dpi=110)
-    train.write_file(RESULTS / name, picture.getvalue())
+    data.write_file(RESULTS / name, picture.getvalue())
     print(f"results/{name}", flush=True)
 
 

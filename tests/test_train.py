@@ -1,5 +1,6 @@
 """Training: files, curves, resuming and errors, on a tiny data set; and, where it is there, on the real one."""
 
+import ast
 import contextlib
 import csv
 import errno
@@ -9,6 +10,7 @@ import math
 import os
 import random
 import re
+import runpy
 import select
 import shutil
 import signal
@@ -238,7 +240,7 @@ def test_a_setting_that_is_not_there_or_of_another_kind_is_refused_with_a_list(t
         (("--augment", "sideways"), "--augment"),
         (("--recipe", "cake"), "--recipe"),
         (("--device", "abacus"), "--device"),
-        (("--device", "cuda"), "--device cuda is not there: PyTorch sees cpu"),
+        (("--device", "cuda"), "--device cuda cannot be used: PyTorch sees only cpu"),
         (("--name", "../elsewhere"), "--name"),
         (("--name", "..\\elsewhere", "--resume"), "--name"),
         (("--name", ""), "--name"),
@@ -319,7 +321,7 @@ def captured(monkeypatch, *runs):
     """The figures that draw_curves makes of these runs."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
-    monkeypatch.setattr(train, "write_file", lambda path, raw: None)
+    monkeypatch.setattr(data, "write_file", lambda path, raw: None)
     for run in runs:
         train.draw_curves(None, run)
     return figures
@@ -386,15 +388,42 @@ def test_another_seed_gives_other_numbers(finished, tiny, tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    train.write_file(path, b"old")
+    data.write_file(path, b"old")
 
     def fail(number):
         raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr(train.os, "fsync", fail)
+    monkeypatch.setattr(data.os, "fsync", fail)
     with pytest.raises(OSError, match=r"disk full.*file"):
-        train.write_file(path, b"new")
+        data.write_file(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_system_without_fsync_will_do(tmp_path, monkeypatch):
+    def fail(number):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(data.os, "fsync", fail)
+    data.write_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("patience, written", [(0, b"old"), (60, b"new")])
+def test_a_file_that_another_program_holds_open_is_waited_for_with_patience(tmp_path, monkeypatch, patience, written):
+    (tmp_path / "file").write_bytes(b"old")
+    replace, calls = os.replace, []
+
+    def refuse_twice(source, target):  # as Windows does
+        calls.append(target)
+        if len(calls) <= 2:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr(data.os, "replace", refuse_twice)
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    with contextlib.nullcontext() if patience else pytest.raises(OSError, match=r"Access is denied.*file"):
+        data.write_file(tmp_path / "file", b"new", patience)
+    assert (tmp_path / "file").read_bytes() == written and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "config.json", "events"])
@@ -524,7 +553,7 @@ def die_in(tiny, cwd, *flags, kill_at=math.inf):
     """Run train.py in a forked process that kills itself at its `kill_at`-th function call or return, be it in C.
 
     So every moment of a run can be hit, and hit again. Returns the status of os.waitpid; a run that came to its end
-    leaves their number, and those at which it entered and left train.write_file, in `cwd`/moments.
+    leaves their number, and those at which it entered and left data.write_file, in `cwd`/moments.
     """
     pid = os.fork()
     if pid == 0:
@@ -535,7 +564,7 @@ def die_in(tiny, cwd, *flags, kill_at=math.inf):
             moments += 1
             if moments >= kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if frame.f_code is train.write_file.__code__ and event in ("call", "return"):
+            if frame.f_code is data.write_file.__code__ and event in ("call", "return"):
                 saving.append(moments)
 
         # tqdm's lock is shared with forked processes: killed while it holds it, this one would lock us out for ever
@@ -804,11 +833,41 @@ def test_a_folder_that_cannot_be_made_is_named(tiny, tmp_path):
 
 
 def test_a_tilde_is_the_home_folder(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
     assert tiny("--epochs", 1, "--experiments=~/runs", "--name", "run").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
     assert train.load("~/runs/run")
+
+
+def test_a_terminal_without_the_letters_a_foreign_backend_and_a_closed_stderr_do_not_matter(tmp_path):
+    """What a notebook, an old terminal or a shell hands on to a process of its own."""
+    code = "import os, sys; os.close(2); sys.stderr = None; import conftest, pytest, train; "
+    code += "conftest.make_tiny(pytest.MonkeyPatch()); train.main()"
+    variables = {"MPLBACKEND": "nonsense", "PYTHONIOENCODING": "ascii"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent / "tests")])
+    command = [sys.executable, "-c", code, "--name", "実験", "--epochs", "1"]
+    outcome = subprocess.run(command, cwd=tmp_path, env=os.environ | variables, stdout=subprocess.PIPE)
+    assert outcome.returncode == 0
+    assert b"run experiments/?? on cpu" in outcome.stdout.replace(b"\\", b"/")
+    assert len(rows(tmp_path / "experiments/実験")) == 1
+    with Image.open(tmp_path / "experiments/curves.png") as picture:
+        assert min(picture.size) > 400
+
+
+@pytest.mark.parametrize("name", ["train.py", "bn.py", "visualize_aug.py"])
+def test_an_older_python_is_told_which_one_is_needed(monkeypatch, name):
+    ast.parse((SCRIPT.parent / name).read_text(encoding="utf-8"), feature_version=(3, 8))  # so far it gets, at least
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    monkeypatch.setattr(sys, "version", "3.9.1 (main)")
+    with pytest.raises(SystemExit, match=f"^{name} needs Python 3.10 or newer, this is 3.9.1$"):
+        runpy.run_path(str(SCRIPT.parent / name))
+
+
+def test_a_notebook_sees_progress_and_a_log_does_not(tiny, monkeypatch):
+    assert tiny("--epochs", 1).stderr == ""
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert "0/3 [" in tiny("--epochs", 1).stderr
 
 
 # ------------------------------------------------------------------------------------------ a picture of one's own
