@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 import tensorboardX.record_writer
 import torch
-from conftest import complain, load_tiny, seeded, unix
+from conftest import complain, load_tiny, make_tiny, seeded, unix
 from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
@@ -719,6 +719,17 @@ def test_a_run_that_is_still_going_on_cannot_be_resumed_beside_it(finished, tiny
         assert "in use" in complain(tiny("--name", "run", "--resume"), 2)
     assert list_files(tmp_path) == before
     assert tiny("--name", "run", "--resume").returncode == 0
+
+
+def test_a_failed_run_lets_go_of_its_folder_though_a_notebook_keeps_the_error(tmp_path, monkeypatch):
+    make_tiny(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1e30", "--name", "run"])
+    with pytest.raises(SystemExit) as kept:
+        train.main()
+    assert kept.value.code == 1
+    with FileLock(tmp_path / "experiments/run/.lock", timeout=0):
+        pass
 
 
 def test_a_refused_call_leaves_nothing_behind(finished, tiny, tmp_path):
