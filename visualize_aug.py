@@ -13,7 +13,6 @@ if sys.version_info < (3, 10):
 
 import argparse
 import io
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ import data
 
 SEED = 5  # one whose draws are easy to see: a flip, a shift both ways, a change of color
 SIZE = 1024  # pixels that a picture has at most after it is read, each way; a third of the figure has 360
+Image.MAX_IMAGE_PIXELS = 250_000_000  # a phone's picture has up to 200 million; Pillow refuses twice as many as this
 
 
 def read(path):
@@ -34,10 +34,7 @@ def read(path):
     Raises:
         OSError: there is no such file, or it is not (wholly) a picture.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of pictures as large as a good phone's
-        opened = Image.open(Path(path).expanduser())
-    with opened as picture:
+    with Image.open(Path(path).expanduser()) as picture:
         levels = 65535 if picture.mode.startswith("I;16") else 1
         if levels > 1:
             picture = picture.convert("I")
