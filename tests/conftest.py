@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import io
+import itertools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +106,38 @@ def finished(tmp_path_factory):
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stderr == ""  # no warning either
     return cwd / "experiments" / "baseline-lr0.001-none-seed0"
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """Makes a copy of the finished run, without its lock, and has `change` change what its checkpoint holds."""
+
+    def make(change=None, name="run"):
+        folder = tmp_path / "experiments" / name
+        shutil.copytree(finished, folder, ignore=shutil.ignore_patterns(".lock"))
+        if change:
+            state = torch.load(folder / "checkpoint.pt", weights_only=True)
+            change(state)
+            torch.save(state, folder / "checkpoint.pt")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def interfere(monkeypatch):
+    """Has some calls of a function (counted from 1), or all, raise an exception, or first hand their arguments on."""
+
+    def arrange(place, name, action, calls=None):
+        function, number = getattr(place, name), itertools.count(1)
+
+        def call(*arguments):
+            if calls is None or next(number) in calls:
+                if isinstance(action, BaseException):
+                    raise action
+                action(*arguments)
+            return function(*arguments)
+
+        monkeypatch.setattr(place, name, call)
+
+    return arrange
