@@ -68,7 +68,7 @@ def scalars(folder):
 
 
 def list_files(folder):
-    """{path: bytes} of all that is in a folder, the empty folders too; some versions of filelock delete the lock file."""
+    """{path: bytes} of all in a folder, the empty folders too; but the lock file, which some filelocks delete."""
     paths = [path for path in folder.rglob("*") if path.name != ".lock"]
     return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
