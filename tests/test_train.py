@@ -482,31 +482,23 @@ def test_a_killed_run_resumes_to_the_very_same_end(tiny, tmp_path, recipe, reque
         assert (cwd / "experiments/curves.png").exists()
 
 
-def test_resume_starts_or_goes_on_says_which_and_clears_what_killed_writers_left(finished, tiny, tmp_path, interfere):
-    flags = ("--lr", "1e-3", "--epochs", 3, "--resume")
+def test_resume_starts_or_goes_on_says_which_and_clears_what_killed_writers_left(tiny, tmp_path, interfere):
+    flags = ("--augment", "both", "--epochs", 3, "--resume")
+    folder, whole = (tmp_path / "experiments" / name for name in ("baseline-lr0.001-both-seed0", "whole"))
+    assert tiny(*flags, "--name", "whole").returncode == 0
     interfere(train, "train_step", KeyboardInterrupt(), [2])  # a folder, and nothing to go on with
     assert tiny(*flags).returncode == 130
     interfere(train, "train_step", KeyboardInterrupt(), [5])
     outcome = tiny(*flags)
     assert outcome.returncode == 130 and "starts" in outcome.stdout.splitlines()[0]
-    (folder,) = (tmp_path / "experiments").glob("*/")
     (folder / "checkpoint.pt.1-1.part").touch()
     outcome = tiny(*flags)
     assert outcome.returncode == 0 and "goes on after step 3 of 9" in outcome.stdout.splitlines()[0]
-    assert agree(finished, folder) and not list(folder.glob("*.part"))
+    assert agree(whole, folder) and not list(folder.glob("*.part"))
     before = (folder / "checkpoint.pt").read_bytes()
     outcome = tiny(*flags)
     assert outcome.returncode == 0 and "goes on after step 9 of 9" in outcome.stdout.splitlines()[0]
-    assert (folder / "checkpoint.pt").read_bytes() == before and agree(finished, folder)
-
-
-def test_pictures_are_flipped_in_turn_after_resuming_too(tiny, tmp_path, interfere):
-    flags = ("--augment", "position", "--epochs", 2)
-    assert tiny(*flags, "--name", "whole").returncode == 0
-    interfere(train, "train_step", KeyboardInterrupt(), [5])  # in the second epoch, which flips the other half
-    assert tiny(*flags, "--name", "run").returncode == 130
-    assert tiny(*flags, "--name", "run", "--resume").returncode == 0
-    assert agree(tmp_path / "experiments/whole", tmp_path / "experiments/run")
+    assert (folder / "checkpoint.pt").read_bytes() == before and agree(whole, folder)
 
 
 def test_more_epochs_take_a_finished_run_to_what_a_longer_one_gives(copy, tiny, interfere):
