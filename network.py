@@ -228,5 +228,5 @@ def choose_precision(device):
     # Half as many bytes can mean twice the speed, but only with the right instructions: on a CPU without them, and on
     # some that have them, bf16 is the slower one. So both are timed, on a product small enough to take no time.
     matrices = (torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    fp32, bf16 = (min(timeit.repeat("a @ a", globals={"a": a}, number=1)) for a in matrices)
+    fp32, bf16 = (min(timeit.repeat("a @ a", globals={"a": a}, number=1, repeat=20)) for a in matrices)
     return "bf16" if bf16 < 0.75 * fp32 else "fp32"

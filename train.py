@@ -210,7 +210,9 @@ def read_checkpoint(path):
     """What a run has saved, once it is clear that it is that; else a UsageError."""
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")  # it may come from a GPU that is not here
-        known = saved["settings"].keys() >= RECIPES["baseline"].keys() and saved["rows"][-1]["epoch"] > 0
+        known = (
+            saved["settings"].keys() >= RECIPES["baseline"].keys() and saved["rows"][-1]["epoch"] and saved["command"]
+        )
         if not known or not saved["points"]:
             raise KeyError
     except Exception as problem:  # torch.load has no error of its own for what it cannot read
@@ -350,7 +352,8 @@ def run(args):
     path = folder / "checkpoint.pt"
     saved = read_checkpoint(path) if path.exists() else None
     if saved:
-        settings, command = continue_settings(saved, args, settings, folder), saved.get("command", command)
+        epochs, settings = saved["settings"]["epochs"], continue_settings(saved, args, settings, folder)
+        command = saved["command"] + (f" && {command}" if settings["epochs"] != epochs else "")
     device = find_device(settings["device"])
     if held_out := settings["held_out"]:
         train_set, val_set = zip(*((part[:-held_out], part[-held_out:]) for part in train_set), strict=True)
