@@ -90,13 +90,13 @@ class BatchNorm:
         var = np.einsum("bc,bc->c", centered, centered) / x.dtype.type(batch)
         inv_std = (1 / np.sqrt(var + self.eps)).astype(x.dtype)
         scale = self.gamma.astype(x.dtype) * inv_std
+        self._saved = centered, inv_std, scale  # first, as y can then have the memory of what was saved before
         y = centered * scale  # normalise and scale in one product: going through the array is what takes the time
         y += self.beta.astype(x.dtype)
 
         mean = mean.astype(np.float64) + off
         self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
         self.running_var = (1 - self.momentum) * self.running_var + self.momentum * var * (batch / (batch - 1))
-        self._saved = centered, inv_std, scale
         return y
 
     def backward(self, dy):
