@@ -185,3 +185,4 @@ def test_a_card_that_this_pytorch_cannot_use_is_passed_over_or_named(monkeypatch
     for name, says in (("cuda", "no kernel image"), ("mps", "PyTorch sees only cuda, cpu")):
         with pytest.raises(network.UsageError, match=rf"^--device {name} cannot be used: .*{says}.*$"):
             network.find_device(name)
+    assert capsys.readouterr().out == ""
