@@ -321,9 +321,12 @@ def find_folder(args, settings):
         saved = [folder for folder in folders if (folder / "checkpoint.pt").exists()]
         folders = [max(saved, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime, default=folders[0])]
     for folder in folders:
-        with contextlib.suppress(FileExistsError):
+        try:
             folder.mkdir(parents=True, exist_ok=args.resume)
             return folder
+        except FileExistsError:
+            if not folder.is_dir():  # a file stands in its way
+                raise
     raise UsageError(f"{folder} is there already: choose another --name, or go on with that run by --resume")
 
 

@@ -62,7 +62,8 @@ def run_script(main, *arguments, cwd):
     finally:
         os.chdir(here)
         sys.argv = argv
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+    printed = (stream.getvalue().replace(os.sep, "/") for stream in (out, err))  # as on Linux on Windows too
+    return subprocess.CompletedProcess(arguments, code, *printed)
 
 
 def complain(outcome, code):
