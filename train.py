@@ -150,11 +150,11 @@ def train_epoch(model, optimizer, loader, settings, step, steps):
     plain_loss = CrossEntropyLoss(reduction="sum")
     count, every = min(len(loader), steps - step), max(1, round(len(loader) / 20))
     seen = []  # of each step: images, their summed loss, how many are right
-    quiet = False if "ipykernel" in sys.modules else None  # None: where there is no terminal; a notebook is like one
+    quiet = False if "ipykernel" in sys.modules else None  # None: a bar on a terminal only; a notebook has it too
     for images, labels in tqdm(
         itertools.islice(loader, count), total=count, leave=False, disable=quiet, mininterval=0.5
     ):
-        rate = settings["lr"]
+        rate = settings["lr"]  # Adam has it from `build`; here it is only logged
         if settings["muon"]:
             optimizer.lr = rate = rate * (1 - step / steps)
             # The stem's shifts settle early (3 epochs of 8 in airbench94); after that its gradient, the costliest of
@@ -170,9 +170,9 @@ def train_epoch(model, optimizer, loader, settings, step, steps):
         if len(seen) % every == 0 or len(seen) == count:
             sums = torch.tensor(seen, dtype=torch.float64)
             since_last = sums[(len(seen) - 1) // every * every :]
-            means, epoch_means = ((part[:, 1:].sum(0) / part[:, 0].sum()).tolist() for part in (since_last, sums))
+            means, means_so_far = ((part[:, 1:].sum(0) / part[:, 0].sum()).tolist() for part in (since_last, sums))
             point = {"epoch": step / len(loader), "step": step, "time": time.time(), "learning_rate": rate}
-            yield point | {"train_loss": means[0], "train_accuracy": means[1]}, epoch_means
+            yield point | {"train_loss": means[0], "train_accuracy": means[1]}, means_so_far
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -379,7 +379,7 @@ def run(args):
                 loader.epoch = len(rows)
                 model.load_state_dict(saved["model"])
                 optimizer.load_state_dict(saved["optimizer"])
-                generator.set_state(saved["generator"])
+                generator.set_state(saved["generator"])  # after Loader, which draws its flips from the seed
             except Exception as problem:
                 raise UsageError(f"{path} does not fit ({type(problem).__name__})") from None
         how = f"on {device}, {torch.get_num_threads()} threads, {settings['precision']}"
@@ -391,7 +391,7 @@ def run(args):
         writer = write_curves(folder, None, points, rows)
         while step < steps:
             start = time.perf_counter()
-            for point, epoch_means in train_epoch(model, optimizer, loader, settings, step, steps):  # noqa: B007
+            for point, means_so_far in train_epoch(model, optimizer, loader, settings, step, steps):  # noqa: B007
                 points.append(point)
                 writer = writer and write_curves(folder, writer, [point], [])
             step, seconds = points[-1]["step"], seconds + time.perf_counter() - start
@@ -400,7 +400,7 @@ def run(args):
             *validation, accuracy_tta = evaluate(model, *val_set, settings["precision"], tta)
             if not math.isfinite(validation[0]):  # before it is saved in place of what was good
                 raise FloatingPointError(f"the validation loss is {validation[0]}: try a --lr below {settings['lr']:g}")
-            row = dict(zip(COLUMNS, (step / len(loader), step, seconds, *epoch_means, *validation), strict=True))
+            row = dict(zip(COLUMNS, (step / len(loader), step, seconds, *means_so_far, *validation), strict=True))
             rows.append(row | {"time": time.time()} | ({"val_accuracy_tta": accuracy_tta} if tta else {}))
             state = {
                 "settings": settings, "command": command, "step": step, "points": points, "rows": rows,
