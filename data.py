@@ -22,7 +22,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -168,16 +167,11 @@ def _download(url, path):
     """Fetch `url` into the file `path`, from where it ends; a server that cannot skip what is there sends all of it."""
     have = _size(path)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as problem:
-        if problem.code == 416:  # nothing comes after what is there: it is not what it should be
-            path.unlink()
-        raise
-    have = have if answer.status == 206 else 0
-    with answer, open(path, "ab" if have else "wb") as file:
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        have = have if answer.status == 206 else 0
         size = have + int(answer.headers.get("Content-Length") or 0)
-        with tqdm.wrapattr(answer, "read", total=size, initial=have, disable=None) as body:
+        bar = tqdm.wrapattr(answer, "read", total=size, initial=have, disable=None)
+        with bar as body, open(path, "ab" if have else "wb") as file:
             shutil.copyfileobj(body, file)
     if _size(path) < size:
         raise OSError(f"the line broke after {_size(path):,} of {size:,} bytes")
@@ -408,20 +402,21 @@ def write_file(path, raw, patience=0):
         raise OSError(problem.errno, problem.strerror, str(path)) from None
 
 
+@contextlib.contextmanager
+def survive_failure(path):
+    """Only the checkpoint can end a run: if another file cannot be written, a line says so and the run goes on."""
+    try:
+        yield
+    except OSError as problem:
+        print(f"train.py: cannot write {path} ({problem.strerror or problem}): going on without", file=sys.stderr)
+
+
 def new_figure(width, height):
-    """A matplotlib figure of that size in inches, to be saved. It needs no backend, so MPLBACKEND does not matter.
-
-    Where it names one that is not installed (a notebook hands its own on to the scripts that it starts), matplotlib
-    cannot even be imported. So it is set aside meanwhile, and given back for whoever else plots in this process.
-    """
-    if "matplotlib" not in sys.modules:  # imported here, as that takes longer than the first steps of training
-        backend = os.environ.pop("MPLBACKEND", None)
-        import matplotlib
-
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-            with contextlib.suppress(ValueError):
-                matplotlib.rcParams["backend"] = backend
-    from matplotlib.figure import Figure
+    """A matplotlib figure of that size in inches, to be saved."""
+    if "ipykernel" not in sys.modules:
+        # A notebook hands its backend on to the scripts that it starts. They need none, and where it is not installed
+        # matplotlib cannot even be imported.
+        os.environ.pop("MPLBACKEND", None)
+    from matplotlib.figure import Figure  # not at the top, as it takes longer than the first steps of training
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -4,8 +4,8 @@
     python train.py --lr 1e-3 --augment both  the same with data augmentation
     python train.py --recipe best             the best accuracy
 
-Every run has a folder of its own under experiments/. Its checkpoint.pt is all that --resume and `load` need; made from
-it are config.json, metrics.csv (a row an epoch) and TensorBoard's events; and, of all runs together, curves.png.
+Every run has a folder of its own under experiments/. --resume and `load` need only its checkpoint.pt. The rest is for
+people: config.json, metrics.csv (a row an epoch), TensorBoard's events, and curves.png, a picture of all runs.
 """
 
 import sys
@@ -19,7 +19,6 @@ import io
 import itertools
 import json
 import math
-import re
 import shlex
 import signal
 import time
@@ -30,44 +29,43 @@ import torch
 from filelock import FileLock, Timeout
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import hparams, image, scalar
+from tensorboardX.summary import hparams, scalar
 from tqdm import tqdm
 
 import data
 from loss import CrossEntropyLoss
 from network import ConvNet, UsageError, build, choose_precision, find_device, train_step
 
-# What a recipe is: defaults. Those in the first row of each have a flag, the others are set by --set:
-#   whiten           start from a fixed first layer that decorrelates neighbouring pixels, and from others that let it
-#                    through (network.ConvNet.whiten, .pass_through)
-#   muon             optimise by network.Muon with a rate that falls linearly to 0: large steps first, then ever smaller
-#                    ones that settle. What only scales is fixed (.fix_scales). Without: Adam at a constant rate.
-#   sizes            (size, share) pairs: pictures are made that small until that share of the steps is done. What is
-#                    learnt first, the coarse, is learnt from small pictures as well, for a fraction of the arithmetic.
+# A recipe is a set of defaults. lr, epochs, batch_size and augment have flags, the others are set by --set:
+#   widths           channels of the three groups of layers (network.ConvNet): wider nets learn more and cost more
+#   whiten           start from layers that are not random (ConvNet.whiten, .pass_through)
+#   muon             optimise by network.Muon, at a rate that falls linearly to 0: large steps first, then ever smaller
+#                    ones that settle; what only scales the layers' outputs stays as it is (ConvNet.fix_scales).
+#                    false: Adam, at a constant rate
+#   sizes            (size, share) pairs: make the pictures that small until that share of the steps is done. The first,
+#                    coarse things can be learnt from small pictures too, for a fraction of the arithmetic.
 #   label_smoothing  train towards targets that are not quite certain (loss.CrossEntropyLoss)
-#   tta              also report the accuracy with test-time augmentation (data.views)
-#   held_out         validate on that many training images, the last ones, in place of the test batch: to tune recipes
+#   tta              at the end, also measure the accuracy with test-time augmentation (data.views)
+#   held_out         validate on the last so many training images, not on the test batch: for tuning
 RECIPES = {
     "baseline": {
-        "lr": 1e-3, "epochs": 5.0, "batch_size": 128, "augment": "none",
-        "widths": (32, 80, 160), "whiten": False, "muon": False, "sizes": (), "label_smoothing": 0.0, "tta": False,
-        "held_out": 0,
+        "lr": 1e-3, "epochs": 5.0, "batch_size": 128, "augment": "none", "widths": (32, 80, 160), "sizes": (),
+        "whiten": False, "muon": False, "label_smoothing": 0.0, "tta": False, "held_out": 0,
     },
     "quick": {
-        "lr": 0.25, "epochs": 0.6, "batch_size": 250, "augment": "none",
-        "widths": (32, 64, 64), "whiten": True, "muon": True, "sizes": ((24, 0.5),), "label_smoothing": 0.2,
-        "tta": False, "held_out": 0,
+        "lr": 0.25, "epochs": 0.6, "batch_size": 250, "augment": "none", "widths": (32, 64, 64), "sizes": ((24, 0.5),),
+        "whiten": True, "muon": True, "label_smoothing": 0.2, "tta": False, "held_out": 0,
     },
     "best": {
-        "lr": 0.18, "epochs": 11.0, "batch_size": 1000, "augment": "position",
-        "widths": (64, 256, 256), "whiten": True, "muon": True, "sizes": ((20, 0.2), (24, 0.6)), "label_smoothing": 0.2,
-        "tta": True, "held_out": 0,
+        "lr": 0.18, "epochs": 11.0, "batch_size": 1000, "augment": "position", "widths": (64, 256, 256),
+        "sizes": ((20, 0.2), (24, 0.6)), "whiten": True, "muon": True, "label_smoothing": 0.2, "tta": True,
+        "held_out": 0,
     },
 }  # fmt: skip
-TRUTH = {"true": True, "false": False}
-SETTABLE = {  # what has no flag, and how --set reads it
+BOOLEANS = {"true": True, "false": False}
+SET_PARSERS = {  # how --set reads what has no flag
     "widths": lambda text: tuple(int(width) for width in text.split(",")),
-    "whiten": TRUTH.__getitem__, "muon": TRUTH.__getitem__, "tta": TRUTH.__getitem__,
+    "whiten": BOOLEANS.__getitem__, "muon": BOOLEANS.__getitem__, "tta": BOOLEANS.__getitem__,
     "sizes": lambda text: tuple(
         (int(size), float(share)) for size, share in (pair.split(":") for pair in text.split(",") if pair)),
     "label_smoothing": float, "held_out": int,
@@ -90,7 +88,7 @@ def parse_setting(text):
     """KEY=VALUE -> (KEY, value)"""
     key, _, value = text.partition("=")
     try:
-        return key, SETTABLE[key](value)
+        return key, SET_PARSERS[key](value)
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"{text[:60]}: what can be set is, for example, {EXAMPLES}") from None
 
@@ -116,6 +114,14 @@ def make_parser():
     return parser
 
 
+def write_flag(key, value):
+    """A setting as it is typed: --lr 0.001, --set sizes=20:0.2,24:0.6"""
+    if key not in SET_PARSERS:
+        return f"--{key.replace('_', '-')} {value}"
+    items = [item if isinstance(item, tuple) else (item,) for item in (value if isinstance(value, tuple) else (value,))]
+    return f"--set {key}=" + ",".join(":".join(map(str, item)) for item in items).lower()
+
+
 def list_given(args):
     """{setting: value} of all that the command line sets."""
     keys = ("recipe", "lr", "epochs", "batch_size", "augment", "seed", "device")
@@ -129,36 +135,31 @@ def choose_settings(args):
     for key, (low, high) in LIMITS.items():
         values = settings[key] if isinstance(settings[key], tuple) else (settings[key],)
         if not all(low <= (value[0] if isinstance(value, tuple) else value) <= high for value in values):
-            raise UsageError(f"{name_flag(key)} {settings[key]} is not from {low:,} to {high:,}")
+            raise UsageError(f"{write_flag(key, settings[key])} is not from {low:,} to {high:,}")
     settings["device"] = find_device(settings["device"])
     settings["precision"] = choose_precision(settings["device"])
     return settings
-
-
-def name_flag(key):
-    return f"--set {key}" if key in SETTABLE else f"--{key.replace('_', '-')}"
 
 
 # -------------------------------------------------------------------------------------------- one epoch of training
 def train_epoch(model, optimizer, loader, settings, step, steps):
     """Train from step number `step` on for an epoch, or to step number `steps` if that comes first.
 
-    Yields, about twenty times an epoch and at its end, a point of the training curves, of the steps since the last one;
-    and (loss, accuracy) of the epoch so far. All are means over the images, without smoothing, so that runs compare.
+    Yields, about twenty times an epoch, a point of the training curves (of the steps since the last point), and the
+    (loss, accuracy) of the epoch so far. These are means over images, without label smoothing, so that runs compare.
     """
     criterion = CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
     plain_loss = CrossEntropyLoss(reduction="sum")
     count, every = min(len(loader), steps - step), max(1, round(len(loader) / 20))
-    seen = []  # of each step: images, their summed loss, how many are right
+    recent, total = torch.zeros(2, 3, dtype=torch.float64)  # images, their summed loss, how many are right
     quiet = False if "ipykernel" in sys.modules else None  # None: a bar on a terminal only; a notebook has it too
-    for images, labels in tqdm(
-        itertools.islice(loader, count), total=count, leave=False, disable=quiet, mininterval=0.5
-    ):
-        rate = settings["lr"]  # Adam has it from `build`; here it is only logged
+    batches = tqdm(itertools.islice(loader, count), total=count, leave=False, disable=quiet, mininterval=0.5)
+    for number, (images, labels) in enumerate(batches, 1):
+        rate = settings["lr"]
         if settings["muon"]:
             optimizer.lr = rate = rate * (1 - step / steps)
-            # The stem's shifts settle early (3 epochs of 8 in airbench94); after that its gradient, the costliest of
-            # all, is spared
+            # The stem's biases settle early (3 epochs of 8 in airbench94). From then on they stay as they are, and
+            # their gradient, the costliest of all, is spared.
             model.stem.bias.requires_grad_(step < 3 / 8 * steps)
         size = next((size for size, share in settings["sizes"] if step < share * steps), images.shape[2])
         images = data.resize(images, size)
@@ -166,11 +167,12 @@ def train_epoch(model, optimizer, loader, settings, step, steps):
         step += 1
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}: try a --lr below {settings['lr']:g}")
-        seen.append((len(labels), plain_loss(logits, labels).item(), (logits.argmax(1) == labels).sum().item()))
-        if len(seen) % every == 0 or len(seen) == count:
-            sums = torch.tensor(seen, dtype=torch.float64)
-            since_last = sums[(len(seen) - 1) // every * every :]
-            means, means_so_far = ((part[:, 1:].sum(0) / part[:, 0].sum()).tolist() for part in (since_last, sums))
+        right = (logits.argmax(1) == labels).sum()
+        recent += torch.tensor([len(labels), plain_loss(logits, labels), right], dtype=torch.float64)
+        if number % every == 0 or number == count:
+            total += recent
+            means, means_so_far = ((sums[1:] / sums[0]).tolist() for sums in (recent, total))
+            recent.zero_()
             point = {"epoch": step / len(loader), "step": step, "time": time.time(), "learning_rate": rate}
             yield point | {"train_loss": means[0], "train_accuracy": means[1]}, means_so_far
 
@@ -207,69 +209,67 @@ def load(folder):
 
 # ---------------------------------------------------------------------------------------------------- files of a run
 def read_checkpoint(path):
-    """What a run has saved, once it is clear that it is that; else a UsageError."""
+    """What a run has saved.
+
+    Raises:
+        UsageError: the file is no checkpoint of this train.py.
+    """
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")  # it may come from a GPU that is not here
-        known = (
-            saved["settings"].keys() >= RECIPES["baseline"].keys() and saved["rows"][-1]["epoch"] and saved["command"]
-        )
-        if not known or not saved["points"]:
+        whole = saved["settings"].keys() >= RECIPES["baseline"].keys() and saved["command"] and saved["points"]
+        if not (whole and saved["rows"][-1]["epoch"]):
             raise KeyError
     except Exception as problem:  # torch.load has no error of its own for what it cannot read
         raise UsageError(f"{path} is no checkpoint of this train.py ({type(problem).__name__})") from None
     return saved
 
 
-@contextlib.contextmanager
-def survive_failure(path):
-    """Only the checkpoint can end a run: if another file cannot be written, a line says so and the run goes on."""
-    try:
-        yield
-    except OSError as problem:
-        reason = problem.strerror or problem
-        print(f"train.py: cannot write {path} ({reason}): going on, next try after the next epoch", file=sys.stderr)
-
-
 def write_tables(folder, settings, command, rows):
     """Write what people read of a run: what it takes to run the same again, and what was measured in each epoch."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     config = {**settings, "command": command, "versions": versions, "threads": torch.get_num_threads()}
-    with survive_failure(folder / "config.json"):
+    with data.survive_failure(folder / "config.json"):
         data.write_file(folder / "config.json", json.dumps(config, indent=2).encode())
     columns = (*COLUMNS, "val_accuracy_tta") if settings["tta"] else COLUMNS
     lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
-    with survive_failure(folder / "metrics.csv"):
+    with data.survive_failure(folder / "metrics.csv"):
         data.write_file(folder / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
-def write_curves(folder, writer, points, rows):
-    """Add points (training) and rows (validation) to TensorBoard's events of a run, at the time they were measured.
+class Events:
+    """What TensorBoard shows of a run: its curves and its settings (HPARAMS).
 
-    Without a `writer` a new file is begun, in which TensorBoard is told to forget what the others hold (to purge from
-    step 0 on): so it shows each step once, whenever a run was killed and however long TensorBoard has been open.
-    Returns the writer, or None if the file cannot be written (SummaryWriter's thread would die of that unnoticed).
+    Each start of a run begins a new file and repeats in it all that was measured before, with the times of then. It
+    tells TensorBoard to forget what the older files hold (to purge from step 0 on). So each step is shown once,
+    whenever a run was killed and however long TensorBoard has been open. (tensorboardX's SummaryWriter would write in a
+    thread, which dies of a full disk unnoticed.)
     """
-    with survive_failure(folder / "events"):
-        if not writer:
-            writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")  # sorts behind others of this second
-            writer.write_event(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
-        for tags, measured in ((TRAINING_TAGS, points), (VALIDATION_TAGS, rows)):
-            for (tag, column), one in itertools.product(tags.items(), measured):
-                summary = scalar(tag, one[column])
-                writer.write_event(Event(wall_time=one["time"], step=one["step"], summary=summary))
-        writer.flush()
-        return writer
 
+    def __init__(self, folder, settings):
+        self.path, self.settings = folder / "events", settings
+        self.writer, self.epochs = None, -1
 
-def write_extras(writer, settings, train_set):
-    """What TensorBoard shows beside the curves: images as the network sees them, and the settings (HPARAMS)."""
-    generator = torch.Generator().manual_seed(settings["seed"])
-    images, _ = next(iter(data.Loader(*train_set, 32, settings["augment"], generator)))
-    pictures = image("images", data.denormalize(images).clamp(0, 1).cpu(), dataformats="NCHW")
-    values = {key: str(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-    for summary in (pictures, *hparams(values, {**TRAINING_TAGS, **VALIDATION_TAGS})):
-        writer.write_event(Event(wall_time=time.time(), summary=summary))
-    writer.close()
+    def write(self, points, rows):
+        """Write what is new of `points` (training) and `rows` (validation); after a failure once an epoch, and all."""
+        if self.writer is None and len(rows) == self.epochs:
+            return
+        writer, self.writer, self.epochs = self.writer, None, len(rows)
+        with data.survive_failure(self.path):
+            if not writer:
+                writer, self.written = EventsWriter(str(self.path), f".{time.time_ns()}"), (0, 0)
+                writer.write_event(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
+                values = {
+                    key: str(value) if isinstance(value, tuple) else value for key, value in self.settings.items()
+                }
+                for summary in hparams(values, dict.fromkeys([*TRAINING_TAGS, *VALIDATION_TAGS], 0)):
+                    writer.write_event(Event(wall_time=time.time(), summary=summary))
+            new = (TRAINING_TAGS, points[self.written[0] :]), (VALIDATION_TAGS, rows[self.written[1] :])
+            for tags, measured in new:
+                for (tag, column), one in itertools.product(tags.items(), measured):
+                    summary = scalar(tag, one[column])
+                    writer.write_event(Event(wall_time=one["time"], step=one["step"], summary=summary))
+            writer.flush()
+            self.writer, self.written = writer, (len(points), len(rows))
 
 
 def read_curves(experiments):
@@ -308,10 +308,12 @@ def draw_curves(path, runs):
 def find_folder(args, settings):
     """The run's folder: a new one or, with --resume, that of its name that was saved last, if there is any.
 
-    To make it is to claim the name. Of two runs that start at once one can; the other takes the next, or is told so.
+    A run claims its name by making the folder: of two that start at once only one can. The other takes the next name
+    or, if it was given a --name, is refused.
     """
-    changed = [f"-{key}={settings[key]}" for key in SETTABLE if settings[key] != RECIPES[settings["recipe"]][key]]
-    changed = re.sub("[() ]", "", "".join(changed)).lower()
+    default = RECIPES[settings["recipe"]]
+    changed = [write_flag(key, settings[key]) for key in SET_PARSERS if settings[key] != default[key]]
+    changed = "".join(changed).replace("--set ", "-").replace(":", ",")  # Windows allows no colon
     name = "{recipe}-lr{lr:g}-{augment}{changed}-seed{seed}".format(changed=changed, **settings)
     names = [name, *(f"{name}-{number}" for number in range(2, 1000))] if args.name is None else [args.name]
     if names[0] in ("", ".", "..") or Path(names[0]).name != names[0] or "\\" in names[0]:
@@ -335,14 +337,16 @@ def continue_settings(saved, args, settings, folder):
     stored, given, done = saved["settings"], list_given(args), saved["rows"][-1]["epoch"]
     if "device" in given and settings["device"] != stored["device"]:
         stored |= {key: settings[key] for key in ("device", "precision")}
-    if given.get("epochs", 0) >= done == int(done) and not stored["muon"] and not stored["sizes"]:
-        stored["epochs"] = given["epochs"]  # nothing that was done depended on how many there will be
+    # At a constant rate and size, what was done so far does not depend on how many epochs there will be
+    scheduled = stored["muon"] or stored["sizes"]
+    if given.get("epochs", 0) >= done == int(done) and not scheduled:
+        stored["epochs"] = given["epochs"]
     for key, value in given.items():
         if key != "device" and value != stored[key]:
-            flag, spent = name_flag(key), ", over which Muon's rate falls to 0" * (key == "epochs" and stored["muon"])
+            reason = " and a schedule that depends on it" if key == "epochs" and scheduled else ""
             raise UsageError(
-                f"{folder} was started with {flag} {stored[key]}{spent}: leave {flag} out to resume it, "
-                "or say by --name which other run is meant"
+                f"{folder} was started with {write_flag(key, stored[key])}{reason}: leave that out to resume it, "
+                "or name another run by --name"
             )
     return stored
 
@@ -367,7 +371,7 @@ def run(args):
     except Timeout:
         raise UsageError(f"{folder} is in use: that run is still going on, in another process") from None
     with lock:
-        start = time.perf_counter()
+        start = time.perf_counter()  # making the net counts as training time
         model, optimizer = build(settings, data.normalize(data.to_float(train_set[0][:2000])))
         generator = torch.Generator().manual_seed(settings["seed"])
         loader = data.Loader(*train_set, settings["batch_size"], settings["augment"], generator)
@@ -382,18 +386,21 @@ def run(args):
                 generator.set_state(saved["generator"])  # after Loader, which draws its flips from the seed
             except Exception as problem:
                 raise UsageError(f"{path} does not fit ({type(problem).__name__})") from None
-        how = f"on {device}, {torch.get_num_threads()} threads, {settings['precision']}"
-        print(f"run {folder} {how}, " + (f"goes on after step {step} of {steps}" if saved else "starts"), flush=True)
+        state = "is finished" if step == steps else f"goes on after step {step} of {steps}" if saved else "starts"
+        print(
+            f"run {folder} on {device}, {torch.get_num_threads()} threads, {settings['precision']}, {state}", flush=True
+        )
 
         for left_over in folder.glob("*.part"):  # of killed writers
             left_over.unlink()
         write_tables(folder, settings, command, rows)
-        writer = write_curves(folder, None, points, rows)
+        events = Events(folder, settings)
+        events.write(points, rows)
         while step < steps:
             start = time.perf_counter()
             for point, means_so_far in train_epoch(model, optimizer, loader, settings, step, steps):  # noqa: B007
                 points.append(point)
-                writer = writer and write_curves(folder, writer, [point], [])
+                events.write(points, rows)
             step, seconds = points[-1]["step"], seconds + time.perf_counter() - start
 
             tta = settings["tta"] and step == steps
@@ -410,7 +417,7 @@ def run(args):
             torch.save(state, buffer := io.BytesIO())
             data.write_file(path, buffer.getvalue(), patience=10)
             write_tables(folder, settings, command, rows)
-            writer = write_curves(folder, writer, *(([], rows[-1:]) if writer else (points, rows)))
+            events.write(points, rows)
             print(
                 f"epoch {row['epoch']:.4g} of {steps / len(loader):.4g}: "
                 "training loss {train_loss:.4f}, accuracy {train_accuracy:.2%}, "
@@ -418,11 +425,8 @@ def run(args):
                 + (f"with test-time augmentation {accuracy_tta:.2%}, " if tta else "") + f"{seconds:.1f} s", flush=True,
             )  # fmt: skip
         curves = folder.parent / "curves.png"
-        with survive_failure(curves):
+        with data.survive_failure(curves):
             draw_curves(curves, read_curves(folder.parent))
-        if writer:
-            with survive_failure(folder / "events"):
-                write_extras(writer, settings, train_set)
     print(f"finished: {folder / 'metrics.csv'}, curves of all runs in {curves}")
 
 
