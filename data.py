@@ -89,7 +89,7 @@ def _read(folder, name):
     try:
         raw = (folder / name).read_bytes()
     except FileNotFoundError:
-        raise DataError(f"there is no {name} in {folder} yet") from None
+        raise DataError(f"{name} is not in {folder} yet") from None
     return np.frombuffer(_check(raw, name), dtype=np.uint8).reshape(-1, 1 + 3 * 32 * 32)
 
 
@@ -119,7 +119,7 @@ def _fetch(root, folder):
             except DataError as problem:
                 print(f"CIFAR-10: {problem}", flush=True)
     raise DataError(
-        f"CIFAR-10 cannot be had from here: put {ARCHIVE} (md5 {MD5[ARCHIVE]}, from {SITE}cifar.html) "
+        f"CIFAR-10 could not be downloaded: put {ARCHIVE} (md5 {MD5[ARCHIVE]}, from {SITE}cifar.html) "
         f"into the folder {root} and run this again"
     )
 
@@ -150,6 +150,8 @@ def _download_archive(root, scratch):
             except (OSError, ValueError, http.client.HTTPException) as problem:
                 if getattr(problem, "errno", None) == errno.ENOSPC:
                     raise
+                if getattr(problem, "code", None) == 416:  # what is there is too long to be the beginning of it
+                    path.unlink()
                 if not tries_left or _size(path) == before:
                     raise DataError(f"{url} gave no file ({problem})") from None
     except BaseException:  # Ctrl-C too
@@ -174,7 +176,7 @@ def _download(url, path):
         with bar as body, open(path, "ab" if have else "wb") as file:
             shutil.copyfileobj(body, file)
     if _size(path) < size:
-        raise OSError(f"the line broke after {_size(path):,} of {size:,} bytes")
+        raise OSError(f"the connection broke after {_size(path):,} of {size:,} bytes")
 
 
 def _download_package(root, scratch):
@@ -314,11 +316,6 @@ def normalize(images):
     """Images in [0, 1] to zero mean and unit variance a channel, over the training set; channels last in memory."""
     normalized = (images - MEAN.to(images)) / STD.to(images)
     return normalized.contiguous(memory_format=torch.channels_last)
-
-
-def denormalize(images):
-    """Back from what `normalize` makes to images in [0, 1], to be looked at."""
-    return images * STD.to(images) + MEAN.to(images)
 
 
 class Loader:

@@ -1,4 +1,4 @@
-"""A small convolutional network for CIFAR-10 from basic torch.nn layers, and how it is stepped (assignment 2, 2 a)."""
+"""A small convolutional network for CIFAR-10 from basic torch.nn layers, and its training step (assignment 2, 2 a)."""
 
 import math
 import timeit
@@ -9,32 +9,32 @@ from torch.nn import functional as F
 
 
 def conv(inputs, outputs):
-    """A 3x3 convolution that keeps height and width. The batch norm behind it has a shift, so it needs no bias."""
+    """A 3x3 convolution that keeps height and width. No bias: the batch norm behind it has one (beta)."""
     return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
 
 
 def group(inputs, outputs):
     """(B, inputs, H, W) -> (B, outputs, H // 2, W // 2)
 
-    Pooling comes straight after the first convolution: batch norm, GELU and the second convolution then work on a
+    Pooling comes straight after the first convolution: batch norm, SiLU and the second convolution then work on a
     quarter of the pixels.
     """
     return nn.Sequential(
-        conv(inputs, outputs), nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.GELU(),
-        conv(outputs, outputs), nn.BatchNorm2d(outputs), nn.GELU(),
+        conv(inputs, outputs), nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.SiLU(),
+        conv(outputs, outputs), nn.BatchNorm2d(outputs), nn.SiLU(),
     )  # fmt: skip
 
 
 class ConvNet(nn.Module):
     """(B, 3, 32, 32) normalised images -> (B, 10) logits.
 
-    With the default widths (32, 80, 160), those of the baseline, the shapes are
+    With the default widths (32, 64, 128), those of the baseline, the shapes are
 
-        stem    2x2 convolution, GELU           (B,  24, 31, 31)
+        stem    2x2 convolution, SiLU           (B,  24, 31, 31)
         groups  the first                       (B,  32, 15, 15)
-                the second                      (B,  80,  7,  7)
-                the third                       (B, 160,  3,  3)
-        head    maximum over the pixels         (B, 160)
+                the second                      (B,  64,  7,  7)
+                the third                       (B, 128,  3,  3)
+        head    maximum over the pixels         (B, 128)
                 linear                          (B,  10)
 
     Args:
@@ -42,7 +42,7 @@ class ConvNet(nn.Module):
         num_classes: number of logits.
     """
 
-    def __init__(self, widths=(32, 80, 160), num_classes=10):
+    def __init__(self, widths=(32, 64, 128), num_classes=10):
         super().__init__()
         channels = (24, *widths)
         self.stem = nn.Conv2d(3, channels[0], kernel_size=2)
@@ -50,20 +50,20 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images):
-        features = self.groups(F.gelu(self.stem(images)))
+        features = self.groups(F.silu(self.stem(images)))
         return self.head(features.amax(dim=(2, 3)))
 
     @torch.no_grad()
     def whiten(self, images, eps=5e-4):
         """Set the stem to filters that decorrelate 2x2 patches of `images`, and freeze them.
 
-        Neighbouring pixels are nearly equal, so what a filter learns of one it must unlearn for the next; with the
+        Neighbouring pixels are nearly equal, so a filter sees almost the same number four times; with the
         patches rotated to their principal axes and scaled to equal variance, the net learns faster from the first
         step on. There are 12 such filters; with their negatives, no half of their range is lost in the activation.
 
         Args:
             images: (N, 3, H, W) normalised images, a sample of the training set (a few thousand are plenty).
-            eps: added to the variances, so that axes that hold nearly nothing but noise are not blown up.
+            eps: added to the variances, so that axes of almost pure noise are not amplified.
         """
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1)  # (N, 3, H - 1, W - 1, 2, 2)
         patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
@@ -86,10 +86,10 @@ class ConvNet(nn.Module):
 
     @torch.no_grad()
     def fix_scales(self):
-        """Take out of the net what only scales, for training at large rates.
+        """Freeze the scales and the last bias, for training at large rates.
 
         The scale of batch norm stays 1: the filters behind it are normalised anyway. The linear layer starts small
-        (its logits are nearly 0, every class as likely as any other) and without a shift of its own. The running
+        (its logits are nearly 0, every class as likely as any other) and without a bias. The running
         statistics follow the last few batches, as the net changes much in a step.
         """
         for layer in self.groups.modules():
@@ -107,7 +107,7 @@ class Muon:
     which takes far fewer steps than SGD or Adam. (K. Jordan et al., "Muon: an optimizer for hidden layers in neural
     networks", 2024; the constants here are those of his speed-run airbench94, or close.) The filters themselves are
     kept at a fixed norm: batch norm undoes their scale anyway, and so one rate suits all layers. What is not a filter
-    bank, the shifts and the linear layer, is stepped along its own gradient (SGD), summed over the batch so that an
+    bank, the biases and the linear layer, is stepped along its own gradient (SGD), summed over the batch so that an
     epoch goes as far in large batches as in small ones; it decays a little in each step.
 
     It has no base class, as the first optimizer of torch.optim that is made imports more than PyTorch itself does.
@@ -124,14 +124,14 @@ class Muon:
         for parameter, velocity in zip(self.parameters, self.velocities, strict=True):
             if parameter.grad is None:
                 continue
-            momentum = 0.6 if parameter.ndim == 4 else 0.85
+            momentum = 0.65 if parameter.ndim == 4 else 0.85
             velocity.mul_(momentum).add_(parameter.grad)
             direction = parameter.grad + momentum * velocity  # Nesterov: look one step ahead
             if parameter.ndim == 4:
                 parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
                 parameter.sub_(self.lr * orthogonalize(direction.flatten(1)).view_as(parameter))
             else:
-                # airbench94 divides the logits by the number of inputs, hence its square
+                # airbench94 divides the logits by the number of inputs; here its square does that
                 factor = 1 / 4 if parameter.ndim == 1 else 3.3 / parameter.shape[1] ** 2
                 rate = self.lr * self.batch_size
                 parameter.mul_(1 - 1e-5 * rate)
@@ -183,8 +183,8 @@ def train_step(model, optimizer, criterion, images, labels, precision):
     """One step of gradient descent. Returns the logits (B, 10), and the loss that was minimised as a float.
 
     The batch is worked through in parts of 250 images or fewer, whose losses, weighted by their sizes, add up to that
-    of the batch. What such a part leaves behind on its way forward is still near the processor on its way back: a step
-    of 1,000 is a quarter faster and takes a quarter of the memory. (Batch norm alone sees no more than a part.)
+    of the batch. What a part computes forward is still in the processor's cache when it goes back: a step
+    of 1,000 is a quarter faster and takes a quarter of the memory. (Batch norm sees one part at a time.)
     """
     model.zero_grad()
     parts = math.ceil(len(images) / 250)
@@ -214,16 +214,16 @@ def find_device(name):
                 conv(1, 1).to(device)(torch.zeros(1, 1, 1, 1, device=device)).sum().item()
                 return device
             reason = f"PyTorch sees only {', '.join(device for device in there if there[device])}"
-        except RuntimeError as problem:  # of a card that is too old or too new for this PyTorch, say
+        except RuntimeError as problem:  # such as a card that this PyTorch does not support
             reason = str(problem).strip().splitlines()[0]
             if name == "auto":
                 print(f"{device} cannot be used ({reason}): going on without", flush=True)
-    raise UsageError(f"--device {name} cannot be used: {reason}")
+    raise UsageError(f"--device {name} cannot be used: {reason}; try --device auto")
 
 
 def choose_precision(device):
     """ "bf16" where matrix products in it are faster than in fp32, else "fp32"."""
-    if device != "cpu":  # older cards only imitate it
+    if device != "cpu":  # older cards only emulate it
         return "bf16" if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
     # Half as many bytes can mean twice the speed, but only with the right instructions: on a CPU without them, and on
     # some that have them, bf16 is the slower one. So both are timed, on a product small enough to take no time.

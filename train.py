@@ -2,7 +2,7 @@
 
     python train.py --lr 1e-3                 the baseline, at the learning rates of Figure 2: 1e-3, 1e-4, 1e-5
     python train.py --lr 1e-3 --augment both  the same with data augmentation
-    python train.py --recipe best             the best accuracy
+    python train.py --recipe quick            75% in seconds; coffee, lunch and best take longer and reach more
 
 Every run has a folder of its own under experiments/. --resume and `load` need only its checkpoint.pt. The rest is for
 people: config.json, metrics.csv (a row an epoch), TensorBoard's events, and curves.png, a picture of all runs.
@@ -36,31 +36,32 @@ import data
 from loss import CrossEntropyLoss
 from network import ConvNet, UsageError, build, choose_precision, find_device, train_step
 
-# A recipe is a set of defaults. lr, epochs, batch_size and augment have flags, the others are set by --set:
-#   widths           channels of the three groups of layers (network.ConvNet): wider nets learn more and cost more
-#   whiten           start from layers that are not random (ConvNet.whiten, .pass_through)
-#   muon             optimise by network.Muon, at a rate that falls linearly to 0: large steps first, then ever smaller
-#                    ones that settle; what only scales the layers' outputs stays as it is (ConvNet.fix_scales).
-#                    false: Adam, at a constant rate
-#   sizes            (size, share) pairs: make the pictures that small until that share of the steps is done. The first,
-#                    coarse things can be learnt from small pictures too, for a fraction of the arithmetic.
-#   label_smoothing  train towards targets that are not quite certain (loss.CrossEntropyLoss)
+# A recipe is a set of defaults. lr, epochs, batch_size and augment have flags, --set sets the others:
+#   widths           channels of the net's three groups of layers: wider nets learn more and cost more
+#   sizes            (size, share) pairs: shrink the pictures to that size until that share of the steps is done. They
+#                    are enough to learn the coarse shapes, which come first, and cost a fraction of the arithmetic.
+#   whiten           start from computed weights (network.ConvNet.whiten, .pass_through)
+#   muon             optimise by network.Muon, at a rate that falls linearly to 0 (in train_epoch): large steps first,
+#                    then ever smaller ones; and freeze the scales (ConvNet.fix_scales). false: Adam at a constant rate.
+#   label_smoothing  spread this share of each target over all classes (loss.CrossEntropyLoss)
 #   tta              at the end, also measure the accuracy with test-time augmentation (data.views)
-#   held_out         validate on the last so many training images, not on the test batch: for tuning
+# and, for tuning, held_out: validate on the last N training images, not on the test batch.
 RECIPES = {
     "baseline": {
-        "lr": 1e-3, "epochs": 5.0, "batch_size": 128, "augment": "none", "widths": (32, 80, 160), "sizes": (),
-        "whiten": False, "muon": False, "label_smoothing": 0.0, "tta": False, "held_out": 0,
-    },
+        "lr": 1e-3, "epochs": 5.0, "batch_size": 128, "augment": "none", "widths": (32, 64, 128), "sizes": (),
+        "whiten": False, "muon": False, "label_smoothing": 0.0, "tta": False},
     "quick": {
-        "lr": 0.25, "epochs": 0.6, "batch_size": 250, "augment": "none", "widths": (32, 64, 64), "sizes": ((24, 0.5),),
-        "whiten": True, "muon": True, "label_smoothing": 0.2, "tta": False, "held_out": 0,
-    },
+        "lr": 0.22, "epochs": 0.5, "batch_size": 128, "augment": "none", "widths": (32, 64, 64), "sizes": ((22, 0.5),),
+        "whiten": True, "muon": True, "label_smoothing": 0.2, "tta": False},
+    "coffee": {
+        "lr": 0.2, "epochs": 4.0, "batch_size": 500, "augment": "position", "widths": (32, 128, 128),
+        "sizes": ((20, 0.2), (24, 0.6)), "whiten": True, "muon": True, "label_smoothing": 0.1, "tta": True},
+    "lunch": {
+        "lr": 0.2, "epochs": 5.5, "batch_size": 500, "augment": "position", "widths": (64, 192, 192),
+        "sizes": ((20, 0.2), (24, 0.6)), "whiten": True, "muon": True, "label_smoothing": 0.1, "tta": True},
     "best": {
-        "lr": 0.18, "epochs": 11.0, "batch_size": 1000, "augment": "position", "widths": (64, 256, 256),
-        "sizes": ((20, 0.2), (24, 0.6)), "whiten": True, "muon": True, "label_smoothing": 0.2, "tta": True,
-        "held_out": 0,
-    },
+        "lr": 0.18, "epochs": 9.0, "batch_size": 1000, "augment": "position", "widths": (64, 256, 256),
+        "sizes": ((20, 0.2), (24, 0.6)), "whiten": True, "muon": True, "label_smoothing": 0.1, "tta": True},
 }  # fmt: skip
 BOOLEANS = {"true": True, "false": False}
 SET_PARSERS = {  # how --set reads what has no flag
@@ -75,8 +76,9 @@ LIMITS = {
     "lr": (1e-30, 1e30), "epochs": (1e-6, 1e6), "batch_size": (2, 50_000), "seed": (0, 2**63 - 1),
     "widths": (1, 4096), "sizes": (17, 64), "label_smoothing": (0, 1), "held_out": (0, 49_998),
 }  # fmt: skip
+FORMAT = 2  # of checkpoints: another net or another state needs another number
 COLUMNS = ("epoch", "step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
-# TensorBoard's tags, which lay all runs over each other in the same charts, and what they show
+# TensorBoard's tags (a chart each, with all runs in it), and the column that each shows
 TRAINING_TAGS = {"loss/train": "train_loss", "accuracy/train": "train_accuracy", "learning_rate": "learning_rate"}
 VALIDATION_TAGS = {"loss/val": "val_loss", "accuracy/val": "val_accuracy"}
 # Colors that the color-blind tell apart: M. Okabe and K. Ito, "Color Universal Design", 2008
@@ -90,7 +92,7 @@ def parse_setting(text):
     try:
         return key, SET_PARSERS[key](value)
     except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text[:60]}: what can be set is, for example, {EXAMPLES}") from None
+        raise argparse.ArgumentTypeError(f"{text[:60]}: no such setting or value; examples: {EXAMPLES}") from None
 
 
 def make_parser():
@@ -105,12 +107,12 @@ def make_parser():
     add("--batch-size", type=int, metavar="N", help=f"images in a step {by_recipe('batch_size')}")
     add("--augment", choices=data.AUGMENTATIONS, help=f"as visualize_aug.py draws it {by_recipe('augment')}")
     add("--set", type=parse_setting, action="append", metavar="KEY=VALUE", help=f"{EXAMPLES} (default: by recipe)")
-    add("--seed", type=int, metavar="N", help="of all that is drawn by chance (default: 0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="auto takes a GPU where there is one (default: auto)")
-    add("--data", default="datasets", metavar="DIR", help="where CIFAR-10 is, or is put (default: datasets)")
-    add("--experiments", default="experiments", metavar="DIR", help="where the runs are (default: experiments)")
-    add("--name", help="the run's folder (default: made of recipe, rate, augmentation, what was set, and seed)")
-    add("--resume", action="store_true", help="go on with the run of that name that was saved last, or start it")
+    add("--seed", type=int, metavar="N", help="seed of all random numbers (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="auto uses a GPU if there is one (default: auto)")
+    add("--data", default="datasets", metavar="DIR", help="folder of CIFAR-10, filled if empty (default: datasets)")
+    add("--experiments", default="experiments", metavar="DIR", help="folder of all runs (default: experiments)")
+    add("--name", help="the run's folder (default: from recipe, rate, augmentation, what was set, and seed)")
+    add("--resume", action="store_true", help="continue the last saved run of that name, or start it")
     return parser
 
 
@@ -131,11 +133,13 @@ def list_given(args):
 def choose_settings(args):
     """What defines the run: the recipe's values, those given on the command line, and where and how to compute."""
     recipe = args.recipe or "baseline"
-    settings = {"recipe": recipe, **RECIPES[recipe], "seed": 0, "device": "auto", **list_given(args)}
+    settings = {"recipe": recipe, **RECIPES[recipe], "held_out": 0, "seed": 0, "device": "auto", **list_given(args)}
     for key, (low, high) in LIMITS.items():
         values = settings[key] if isinstance(settings[key], tuple) else (settings[key],)
         if not all(low <= (value[0] if isinstance(value, tuple) else value) <= high for value in values):
-            raise UsageError(f"{write_flag(key, settings[key])} is not from {low:,} to {high:,}")
+            raise UsageError(f"{write_flag(key, settings[key])} must be from {low:,} to {high:,}")
+    if len(settings["widths"]) > 4 or not all(0 <= share <= 1 for _, share in settings["sizes"]):
+        raise UsageError("--set takes at most 4 widths (after 4 groups one pixel is left), and shares from 0 to 1")
     settings["device"] = find_device(settings["device"])
     settings["precision"] = choose_precision(settings["device"])
     return settings
@@ -152,15 +156,15 @@ def train_epoch(model, optimizer, loader, settings, step, steps):
     plain_loss = CrossEntropyLoss(reduction="sum")
     count, every = min(len(loader), steps - step), max(1, round(len(loader) / 20))
     recent, total = torch.zeros(2, 3, dtype=torch.float64)  # images, their summed loss, how many are right
-    quiet = False if "ipykernel" in sys.modules else None  # None: a bar on a terminal only; a notebook has it too
+    quiet = False if "ipykernel" in sys.modules else None  # None: a bar on a terminal only; False: always
     batches = tqdm(itertools.islice(loader, count), total=count, leave=False, disable=quiet, mininterval=0.5)
     for number, (images, labels) in enumerate(batches, 1):
         rate = settings["lr"]
         if settings["muon"]:
             optimizer.lr = rate = rate * (1 - step / steps)
-            # The stem's biases settle early (3 epochs of 8 in airbench94). From then on they stay as they are, and
-            # their gradient, the costliest of all, is spared.
-            model.stem.bias.requires_grad_(step < 3 / 8 * steps)
+            # The stem's biases settle in a fifth of an epoch. Then they are frozen, which saves the costliest
+            # gradient of all (Hiverge's speed-run, 2025).
+            model.stem.bias.requires_grad_(step < 0.2 * len(loader))
         size = next((size for size, share in settings["sizes"] if step < share * steps), images.shape[2])
         images = data.resize(images, size)
         logits, loss = train_step(model, optimizer, criterion, images, labels, settings["precision"])
@@ -196,11 +200,7 @@ def evaluate(model, images, labels, precision, tta=False):
 
 
 def load(folder):
-    """The trained net of a run, in evaluation mode, on the CPU: (B, 3, 32, 32) normalised images -> (B, 10) logits.
-
-    Raises:
-        UsageError: the folder holds no checkpoint.
-    """
+    """The trained net of a run, in evaluation mode, on the CPU; UsageError if the folder holds no checkpoint."""
     saved = read_checkpoint(Path(folder).expanduser() / "checkpoint.pt")
     model = ConvNet(saved["settings"]["widths"])
     model.load_state_dict(saved["model"])
@@ -208,16 +208,20 @@ def load(folder):
 
 
 # ---------------------------------------------------------------------------------------------------- files of a run
-def read_checkpoint(path):
-    """What a run has saved.
+def write_checkpoint(path, **state):
+    """Save all that it takes to resume a run or to load its net."""
+    torch.save({"format": FORMAT, **state}, buffer := io.BytesIO())
+    data.write_file(path, buffer.getvalue(), patience=10)
 
-    Raises:
-        UsageError: the file is no checkpoint of this train.py.
-    """
+
+def read_checkpoint(path):
+    """What a run has saved; UsageError if the file is no checkpoint of this train.py."""
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")  # it may come from a GPU that is not here
-        whole = saved["settings"].keys() >= RECIPES["baseline"].keys() and saved["command"] and saved["points"]
-        if not (whole and saved["rows"][-1]["epoch"]):
+        whole = saved["settings"].keys() >= {*RECIPES["baseline"], "held_out", "seed", "device", "precision"}
+        if not (
+            whole and saved["format"] == FORMAT and saved["command"] and saved["points"] and saved["rows"][-1]["epoch"]
+        ):
             raise KeyError
     except Exception as problem:  # torch.load has no error of its own for what it cannot read
         raise UsageError(f"{path} is no checkpoint of this train.py ({type(problem).__name__})") from None
@@ -225,7 +229,7 @@ def read_checkpoint(path):
 
 
 def write_tables(folder, settings, command, rows):
-    """Write what people read of a run: what it takes to run the same again, and what was measured in each epoch."""
+    """Write config.json (how to repeat the run) and metrics.csv (what each epoch measured)."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     config = {**settings, "command": command, "versions": versions, "threads": torch.get_num_threads()}
     with data.survive_failure(folder / "config.json"):
@@ -239,10 +243,9 @@ def write_tables(folder, settings, command, rows):
 class Events:
     """What TensorBoard shows of a run: its curves and its settings (HPARAMS).
 
-    Each start of a run begins a new file and repeats in it all that was measured before, with the times of then. It
-    tells TensorBoard to forget what the older files hold (to purge from step 0 on). So each step is shown once,
-    whenever a run was killed and however long TensorBoard has been open. (tensorboardX's SummaryWriter would write in a
-    thread, which dies of a full disk unnoticed.)
+    Each start of a run begins a new file, tells TensorBoard to drop the older events (to purge from step 0), and writes
+    those again with their old times. So each step is shown once, even after a kill and while TensorBoard stays open.
+    (The thread of tensorboardX's SummaryWriter would die of a full disk unnoticed.)
     """
 
     def __init__(self, folder, settings):
@@ -250,7 +253,7 @@ class Events:
         self.writer, self.epochs = None, -1
 
     def write(self, points, rows):
-        """Write what is new of `points` (training) and `rows` (validation); after a failure once an epoch, and all."""
+        """Write what is new in `points` (training) and `rows` (validation). After a failure, retry once an epoch."""
         if self.writer is None and len(rows) == self.epochs:
             return
         writer, self.writer, self.epochs = self.writer, None, len(rows)
@@ -258,16 +261,13 @@ class Events:
             if not writer:
                 writer, self.written = EventsWriter(str(self.path), f".{time.time_ns()}"), (0, 0)
                 writer.write_event(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
-                values = {
-                    key: str(value) if isinstance(value, tuple) else value for key, value in self.settings.items()
-                }
+                values = {k: str(v) if isinstance(v, tuple) else v for k, v in self.settings.items()}
                 for summary in hparams(values, dict.fromkeys([*TRAINING_TAGS, *VALIDATION_TAGS], 0)):
                     writer.write_event(Event(wall_time=time.time(), summary=summary))
             new = (TRAINING_TAGS, points[self.written[0] :]), (VALIDATION_TAGS, rows[self.written[1] :])
             for tags, measured in new:
                 for (tag, column), one in itertools.product(tags.items(), measured):
-                    summary = scalar(tag, one[column])
-                    writer.write_event(Event(wall_time=one["time"], step=one["step"], summary=summary))
+                    writer.write_event(Event(wall_time=one["time"], step=one["step"], summary=scalar(tag, one[column])))
             writer.flush()
             self.writer, self.written = writer, (len(points), len(rows))
 
@@ -276,7 +276,7 @@ def read_curves(experiments):
     """{name: (points, rows)} of every run under `experiments` that has come to the end of an epoch."""
     runs = {}
     for path in sorted(experiments.glob("*/checkpoint.pt")):
-        with contextlib.suppress(UsageError):  # not ours
+        with contextlib.suppress(UsageError):  # not a run
             saved = read_checkpoint(path)
             runs[path.parent.name] = saved["points"], saved["rows"]
     return runs
@@ -306,12 +306,12 @@ def draw_curves(path, runs):
 
 # ---------------------------------------------------------------------------------------------------------- one run
 def find_folder(args, settings):
-    """The run's folder: a new one or, with --resume, that of its name that was saved last, if there is any.
+    """The run's folder: a new one or, with --resume, the last saved one of that name, if there is any.
 
     A run claims its name by making the folder: of two that start at once only one can. The other takes the next name
     or, if it was given a --name, is refused.
     """
-    default = RECIPES[settings["recipe"]]
+    default = {**RECIPES[settings["recipe"]], "held_out": 0}
     changed = [write_flag(key, settings[key]) for key in SET_PARSERS if settings[key] != default[key]]
     changed = "".join(changed).replace("--set ", "-").replace(":", ",")  # Windows allows no colon
     name = "{recipe}-lr{lr:g}-{augment}{changed}-seed{seed}".format(changed=changed, **settings)
@@ -329,7 +329,7 @@ def find_folder(args, settings):
         except FileExistsError:
             if not folder.is_dir():  # a file stands in its way
                 raise
-    raise UsageError(f"{folder} is there already: choose another --name, or go on with that run by --resume")
+    raise UsageError(f"{folder} is there already: choose another --name, or continue that run with --resume")
 
 
 def continue_settings(saved, args, settings, folder):
@@ -337,7 +337,7 @@ def continue_settings(saved, args, settings, folder):
     stored, given, done = saved["settings"], list_given(args), saved["rows"][-1]["epoch"]
     if "device" in given and settings["device"] != stored["device"]:
         stored |= {key: settings[key] for key in ("device", "precision")}
-    # At a constant rate and size, what was done so far does not depend on how many epochs there will be
+    # At a constant rate and size, the steps done so far do not depend on how many epochs there will be
     scheduled = stored["muon"] or stored["sizes"]
     if given.get("epochs", 0) >= done == int(done) and not scheduled:
         stored["epochs"] = given["epochs"]
@@ -346,7 +346,7 @@ def continue_settings(saved, args, settings, folder):
             reason = " and a schedule that depends on it" if key == "epochs" and scheduled else ""
             raise UsageError(
                 f"{folder} was started with {write_flag(key, stored[key])}{reason}: leave that out to resume it, "
-                "or name another run by --name"
+                "or name another run with --name"
             )
     return stored
 
@@ -367,9 +367,9 @@ def run(args):
     train_set, val_set = ([tensor.to(device) for tensor in part] for part in (train_set, val_set))
 
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)  # this process's until it ends, be it by SIGKILL
+        lock = FileLock(folder / ".lock").acquire(timeout=0)  # held until this process ends, even by SIGKILL
     except Timeout:
-        raise UsageError(f"{folder} is in use: that run is still going on, in another process") from None
+        raise UsageError(f"{folder} is in use: another process is training that run") from None
     with lock:
         start = time.perf_counter()  # making the net counts as training time
         model, optimizer = build(settings, data.normalize(data.to_float(train_set[0][:2000])))
@@ -377,7 +377,8 @@ def run(args):
         loader = data.Loader(*train_set, settings["batch_size"], settings["augment"], generator)
         steps = max(1, round(settings["epochs"] * len(loader)))
         step, points, rows, seconds = 0, [], [], time.perf_counter() - start
-        if saved:
+        if path.exists():
+            saved = read_checkpoint(path)  # again: another process may have saved before it let go of the lock
             try:
                 step, points, rows, seconds = (saved[key] for key in ("step", "points", "rows", "train_seconds"))
                 loader.epoch = len(rows)
@@ -385,7 +386,7 @@ def run(args):
                 optimizer.load_state_dict(saved["optimizer"])
                 generator.set_state(saved["generator"])  # after Loader, which draws its flips from the seed
             except Exception as problem:
-                raise UsageError(f"{path} does not fit ({type(problem).__name__})") from None
+                raise UsageError(f"{path} does not fit ({type(problem).__name__}): take another --name") from None
         state = "is finished" if step == steps else f"goes on after step {step} of {steps}" if saved else "starts"
         print(
             f"run {folder} on {device}, {torch.get_num_threads()} threads, {settings['precision']}, {state}", flush=True
@@ -405,17 +406,14 @@ def run(args):
 
             tta = settings["tta"] and step == steps
             *validation, accuracy_tta = evaluate(model, *val_set, settings["precision"], tta)
-            if not math.isfinite(validation[0]):  # before it is saved in place of what was good
+            if not math.isfinite(validation[0]):  # do not overwrite a good checkpoint
                 raise FloatingPointError(f"the validation loss is {validation[0]}: try a --lr below {settings['lr']:g}")
             row = dict(zip(COLUMNS, (step / len(loader), step, seconds, *means_so_far, *validation), strict=True))
             rows.append(row | {"time": time.time()} | ({"val_accuracy_tta": accuracy_tta} if tta else {}))
-            state = {
-                "settings": settings, "command": command, "step": step, "points": points, "rows": rows,
-                "train_seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(),
-            }  # fmt: skip
-            torch.save(state, buffer := io.BytesIO())
-            data.write_file(path, buffer.getvalue(), patience=10)
+            write_checkpoint(
+                path, settings=settings, command=command, step=step, train_seconds=seconds, points=points, rows=rows,
+                model=model.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
+            )  # fmt: skip
             write_tables(folder, settings, command, rows)
             events.write(points, rows)
             print(
@@ -435,7 +433,7 @@ def main():
     data.prepare_streams()
     parser = make_parser()
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to stop, politely: like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # treat it like Ctrl-C
     try:
         run(args)
     except UsageError as problem:
@@ -445,7 +443,7 @@ def main():
     except (data.DataError, FloatingPointError, OSError) as problem:
         parser.exit(1, f"train.py: {problem}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\nstopped; the same command with --resume goes on from its last finished epoch\n")
+        parser.exit(130, "\nstopped: the same command with --resume continues after the last finished epoch\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Speed, always as a ratio of two things that are measured in turn in the same run: seconds alone say little.
 
     python tests/bench.py            what needs no training, in a few minutes
-    python tests/bench.py --train    also the table of the recipes, after `python results/make.py speed`
+    python tests/bench.py --train    also what the recipes cost, after `python results/make.py speed`
 
-What "scaled" seconds and units are, results/make.py tells.
+That is told in numbers that travel between machines: in scaled seconds, those of a machine whose best matrix product
+runs at 850 GFLOP/s, and in units of 0.29 PFLOP, the arithmetic of airbench94, K. Jordan's speed-run to 94%.
 """
 
 import argparse
@@ -89,7 +90,10 @@ def data_share(recipe, steps=6):
     settings = {**train.RECIPES[recipe], "seed": 0}
     train_set, _ = data.load_cifar10(ROOT / "datasets")
     model, optimizer = train.build(settings, data.normalize(data.to_float(train_set[0][:2000])))
-    criterion, precision = loss.CrossEntropyLoss(label_smoothing=0.2), train.choose_precision("cpu")
+    criterion, precision = (
+        loss.CrossEntropyLoss(label_smoothing=settings["label_smoothing"]),
+        train.choose_precision("cpu"),
+    )
     loader = data.Loader(*train_set, settings["batch_size"], settings["augment"], torch.Generator())
     data_seconds = step_seconds = done = 0
     for size, share in (*settings["sizes"], (32, 1)):
@@ -163,10 +167,15 @@ def main():
     for recipe in ("quick", "best"):
         print(f"  {recipe:24} {data_share(recipe)}", flush=True)
     if options.train:
-        print("training")
-        runs = make.Runs()
-        runs.complete("speed")
-        print("\n".join(make.speed_table(runs)))
+        print(
+            "training: median seconds * GFLOP/s of the matrix product, over 850 GFLOP/s (scaled) and 0.29 PFLOP (units)"
+        )
+        make.complete("speed")
+        runs = make.read_runs()
+        for name, run in make.LADDER.items():
+            pairs = zip(make.last(runs, run, "train_seconds"), make.last(runs, run, "gflops"), strict=True)
+            work = statistics.median(seconds * gflops for seconds, gflops in pairs)
+            print(f"  {name:24} {work / 850:6.1f} s   {work / 290e3:5.2f} units")
 
 
 if __name__ == "__main__":

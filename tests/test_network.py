@@ -34,25 +34,25 @@ def covariance(outputs):  # (N, C, H, W) -> (C, C)
 
 def test_the_net_is_that_of_its_docstring_and_every_parameter_learns():
     model, images = net(), noise(4, 3, 32, 32)
-    x = F.gelu(F.conv2d(images, model.stem.weight, model.stem.bias))
+    x = F.silu(F.conv2d(images, model.stem.weight, model.stem.bias))
     shapes = [x.shape[1:]]
     for group in model.groups:
         first, second = (layer.weight for layer in group if isinstance(layer, torch.nn.Conv2d))
         x = F.max_pool2d(F.conv2d(x, first, padding=1), 2)
-        x = F.conv2d(F.gelu(F.batch_norm(x, None, None, training=True)), second, padding=1)
-        x = F.gelu(F.batch_norm(x, None, None, training=True))
+        x = F.conv2d(F.silu(F.batch_norm(x, None, None, training=True)), second, padding=1)
+        x = F.silu(F.batch_norm(x, None, None, training=True))
         shapes.append(x.shape[1:])
     expected = F.adaptive_max_pool2d(x, 1).flatten(1) @ model.head.weight.T + model.head.bias
     logits = model(images)
     torch.testing.assert_close(logits, expected)
-    assert shapes == [(24, 31, 31), (32, 15, 15), (80, 7, 7), (160, 3, 3)]
+    assert shapes == [(24, 31, 31), (32, 15, 15), (64, 7, 7), (128, 3, 3)]
     for shape in shapes:
         assert "(B, {:>3}, {:>2}, {:>2})".format(*shape) in network.ConvNet.__doc__
     F.cross_entropy(logits, torch.arange(4)).backward()
     assert all(parameter.grad.any() for parameter in model.parameters())
-    stem, head = 3 * 2 * 2 * 24 + 24, 160 * 10 + 10
-    groups = sum(9 * a * b + 9 * b * b + 2 * (b + b) for a, b in [(24, 32), (32, 80), (80, 160)])  # no biases; 2 norms
-    assert sum(parameter.numel() for parameter in model.parameters()) == stem + groups + head == 445_378
+    stem, head = 3 * 2 * 2 * 24 + 24, 128 * 10 + 10
+    groups = sum(9 * a * b + 9 * b * b + 2 * (b + b) for a, b in [(24, 32), (32, 64), (64, 128)])  # no biases; 2 norms
+    assert sum(parameter.numel() for parameter in model.parameters()) == stem + groups + head == 295_106
 
 
 @pytest.mark.parametrize("widths, num_classes", [((32, 64, 128), 10), ((8, 8, 8), 3), ((5, 12), 10), ((4,), 3)])
@@ -133,8 +133,8 @@ def test_muon_steps_filters_along_the_orthogonalized_nesterov_gradient_at_a_fixe
         optimizer.load_state_dict(state)
         expected = filters.detach().flatten(1) * 2 / filters.detach().norm()
         filters.grad, shift.grad, linear.grad = (noise(*shape, seed=seed) for shape in shapes)
-        velocity = 0.6 * velocity + filters.grad.flatten(1)
-        expected -= 0.1 * network.orthogonalize(filters.grad.flatten(1) + 0.6 * velocity)
+        velocity = 0.65 * velocity + filters.grad.flatten(1)
+        expected -= 0.1 * network.orthogonalize(filters.grad.flatten(1) + 0.65 * velocity)
         for parameter, reference in zip((shift, linear), references, strict=True):
             reference.grad = parameter.grad.clone()
             reference.data.mul_(1 - 2e-5)
