@@ -223,7 +223,7 @@ def draw_ladder(runs):
     axes = figure.subplots()
     for (low, high), score in {(40, 50): 2, (50, 60): 4, (60, 70): 6, (70, 75): 8, (75, 96): 10}.items():
         axes.axhspan(low, high, color=train.COLORS[2], alpha=score / 55, linewidth=0)
-        axes.text(5.3, (low + high) / 2, f"graded {score}", va="center", fontsize=9, color="#444444")
+        axes.text(20, (low + high) / 2, f"graded {score}", va="center", fontsize=9, color="#444444")
     for name, run in LADDER.items():
         if accuracy := last(runs, run, "val_accuracy"):
             seconds = statistics.median(last(runs, run, "train_seconds"))
