@@ -417,3 +417,9 @@ def new_figure(width, height):
     from matplotlib.figure import Figure  # not at the top, as it takes longer than the first steps of training
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path, dpi):
+    """Save a figure, whole or not at all, in the format that the ending of `path` names."""
+    figure.savefig(picture := io.BytesIO(), format=path.suffix[1:].lower(), dpi=dpi)
+    write_file(path, picture.getvalue())

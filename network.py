@@ -57,9 +57,9 @@ class ConvNet(nn.Module):
     def whiten(self, images, eps=5e-4):
         """Set the stem to filters that decorrelate 2x2 patches of `images`, and freeze them.
 
-        Neighbouring pixels are nearly equal, so a filter sees almost the same number four times; with the
-        patches rotated to their principal axes and scaled to equal variance, the net learns faster from the first
-        step on. There are 12 such filters; with their negatives, no half of their range is lost in the activation.
+        Neighbouring pixels are nearly equal, so a filter sees almost the same number four times; with the patches
+        rotated to their principal axes and scaled to equal variance, the net learns faster from the first step on.
+        There are 12 such filters; with their negatives, no half of their range is lost in the activation.
 
         Args:
             images: (N, 3, H, W) normalised images, a sample of the training set (a few thousand are plenty).
@@ -89,8 +89,8 @@ class ConvNet(nn.Module):
         """Freeze the scales and the last bias, for training at large rates.
 
         The scale of batch norm stays 1: the filters behind it are normalised anyway. The linear layer starts small
-        (its logits are nearly 0, every class as likely as any other) and without a bias. The running
-        statistics follow the last few batches, as the net changes much in a step.
+        (its logits are nearly 0, every class as likely as any other) and without a bias. The running statistics
+        follow the last few batches, as the net changes much in a step.
         """
         for layer in self.groups.modules():
             if isinstance(layer, nn.BatchNorm2d):
@@ -183,8 +183,8 @@ def train_step(model, optimizer, criterion, images, labels, precision):
     """One step of gradient descent. Returns the logits (B, 10), and the loss that was minimised as a float.
 
     The batch is worked through in parts of 250 images or fewer, whose losses, weighted by their sizes, add up to that
-    of the batch. What a part computes forward is still in the processor's cache when it goes back: a step
-    of 1,000 is a quarter faster and takes a quarter of the memory. (Batch norm sees one part at a time.)
+    of the batch. What a part computes forward is still in the processor's cache when it goes back: a step of 1,000
+    is a quarter faster and takes a quarter of the memory. (Batch norm sees one part at a time.)
     """
     model.zero_grad()
     parts = math.ceil(len(images) / 250)

@@ -63,6 +63,7 @@ RECIPES = {
         "lr": 0.18, "epochs": 9.0, "batch_size": 1000, "augment": "position", "widths": (64, 256, 256),
         "sizes": ((20, 0.2), (24, 0.6)), "whiten": True, "muon": True, "label_smoothing": 0.1, "tta": True},
 }  # fmt: skip
+DEFAULTS = {"held_out": 0, "seed": 0, "device": "auto"}  # whatever the recipe
 BOOLEANS = {"true": True, "false": False}
 SET_PARSERS = {  # how --set reads what has no flag
     "widths": lambda text: tuple(int(width) for width in text.split(",")),
@@ -116,12 +117,17 @@ def make_parser():
     return parser
 
 
+def list_items(value):
+    """The value of a setting as a list of tuples: 8 -> [(8,)], (8, 16) -> [(8,), (16,)], ((20, 0.2),) -> [(20, 0.2)]"""
+    values = value if isinstance(value, tuple) else (value,)
+    return [item if isinstance(item, tuple) else (item,) for item in values]
+
+
 def write_flag(key, value):
     """A setting as it is typed: --lr 0.001, --set sizes=20:0.2,24:0.6"""
     if key not in SET_PARSERS:
         return f"--{key.replace('_', '-')} {value}"
-    items = [item if isinstance(item, tuple) else (item,) for item in (value if isinstance(value, tuple) else (value,))]
-    return f"--set {key}=" + ",".join(":".join(map(str, item)) for item in items).lower()
+    return f"--set {key}=" + ",".join(":".join(map(str, item)) for item in list_items(value)).lower()
 
 
 def list_given(args):
@@ -133,10 +139,9 @@ def list_given(args):
 def choose_settings(args):
     """What defines the run: the recipe's values, those given on the command line, and where and how to compute."""
     recipe = args.recipe or "baseline"
-    settings = {"recipe": recipe, **RECIPES[recipe], "held_out": 0, "seed": 0, "device": "auto", **list_given(args)}
+    settings = {"recipe": recipe, **RECIPES[recipe], **DEFAULTS, **list_given(args)}
     for key, (low, high) in LIMITS.items():
-        values = settings[key] if isinstance(settings[key], tuple) else (settings[key],)
-        if not all(low <= (value[0] if isinstance(value, tuple) else value) <= high for value in values):
+        if not all(low <= item[0] <= high for item in list_items(settings[key])):
             raise UsageError(f"{write_flag(key, settings[key])} must be from {low:,} to {high:,}")
     if len(settings["widths"]) > 4 or not all(0 <= share <= 1 for _, share in settings["sizes"]):
         raise UsageError("--set takes at most 4 widths (after 4 groups one pixel is left), and shares from 0 to 1")
@@ -218,10 +223,8 @@ def read_checkpoint(path):
     """What a run has saved; UsageError if the file is no checkpoint of this train.py."""
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")  # it may come from a GPU that is not here
-        whole = saved["settings"].keys() >= {*RECIPES["baseline"], "held_out", "seed", "device", "precision"}
-        if not (
-            whole and saved["format"] == FORMAT and saved["command"] and saved["points"] and saved["rows"][-1]["epoch"]
-        ):
+        whole = saved["settings"].keys() >= {*RECIPES["baseline"], *DEFAULTS, "precision"} and saved["format"] == FORMAT
+        if not (whole and saved["command"] and saved["points"] and saved["rows"][-1]["epoch"]):
             raise KeyError
     except Exception as problem:  # torch.load has no error of its own for what it cannot read
         raise UsageError(f"{path} is no checkpoint of this train.py ({type(problem).__name__})") from None
@@ -300,8 +303,7 @@ def draw_curves(path, runs):
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters of a name that the font does not have
-        figure.savefig(picture := io.BytesIO(), format="png", dpi=110)
-    data.write_file(path, picture.getvalue())
+        data.save_figure(figure, path, dpi=110)
 
 
 # ---------------------------------------------------------------------------------------------------------- one run
@@ -311,7 +313,7 @@ def find_folder(args, settings):
     A run claims its name by making the folder: of two that start at once only one can. The other takes the next name
     or, if it was given a --name, is refused.
     """
-    default = {**RECIPES[settings["recipe"]], "held_out": 0}
+    default = RECIPES[settings["recipe"]] | DEFAULTS
     changed = [write_flag(key, settings[key]) for key in SET_PARSERS if settings[key] != default[key]]
     changed = "".join(changed).replace("--set ", "-").replace(":", ",")  # Windows allows no colon
     name = "{recipe}-lr{lr:g}-{augment}{changed}-seed{seed}".format(changed=changed, **settings)
@@ -387,9 +389,9 @@ def run(args):
                 generator.set_state(saved["generator"])  # after Loader, which draws its flips from the seed
             except Exception as problem:
                 raise UsageError(f"{path} does not fit ({type(problem).__name__}): take another --name") from None
-        state = "is finished" if step == steps else f"goes on after step {step} of {steps}" if saved else "starts"
+        how = "is finished" if step == steps else f"goes on after step {step} of {steps}" if saved else "starts"
         print(
-            f"run {folder} on {device}, {torch.get_num_threads()} threads, {settings['precision']}, {state}", flush=True
+            f"run {folder} on {device}, {torch.get_num_threads()} threads, {settings['precision']}, {how}", flush=True
         )
 
         for left_over in folder.glob("*.part"):  # of killed writers

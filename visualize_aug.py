@@ -12,7 +12,6 @@ if sys.version_info < (3, 10):
     sys.exit(f"visualize_aug.py needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
 import argparse
-import io
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +91,7 @@ def main():
     if output.suffix[1:].lower() not in formats:
         parser.exit(2, f"visualize_aug.py: --output {output} must end in one of .{', .'.join(formats)}\n")
     try:
-        figure.savefig(picture := io.BytesIO(), format=output.suffix[1:].lower(), dpi=90)
-        data.write_file(output, picture.getvalue())
+        data.save_figure(figure, output, dpi=90)
     except OSError as problem:
         parser.exit(1, f"visualize_aug.py: cannot write {output}: {problem.strerror or problem}\n")
     print(f"saved {output}: original, position, color")

@@ -11,7 +11,6 @@ again until you take those lines out. Pictures of single runs are drawn from its
 import argparse
 import csv
 import functools
-import io
 import os
 import re
 import shlex
@@ -184,8 +183,7 @@ def write_tables(runs):
 
 
 def save(figure, name):
-    figure.savefig(picture := io.BytesIO(), format=Path(name).suffix[1:], dpi=110)
-    data.write_file(RESULTS / name, picture.getvalue())
+    data.save_figure(figure, RESULTS / name, dpi=110)
     print(f"results/{name}", flush=True)
 
 

@@ -90,10 +90,8 @@ def data_share(recipe, steps=6):
     settings = {**train.RECIPES[recipe], "seed": 0}
     train_set, _ = data.load_cifar10(ROOT / "datasets")
     model, optimizer = train.build(settings, data.normalize(data.to_float(train_set[0][:2000])))
-    criterion, precision = (
-        loss.CrossEntropyLoss(label_smoothing=settings["label_smoothing"]),
-        train.choose_precision("cpu"),
-    )
+    criterion = loss.CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
+    precision = train.choose_precision("cpu")
     loader = data.Loader(*train_set, settings["batch_size"], settings["augment"], torch.Generator())
     data_seconds = step_seconds = done = 0
     for size, share in (*settings["sizes"], (32, 1)):

@@ -256,7 +256,7 @@ def test_curves_have_fine_points_whole_epochs_for_ticks_and_looks_for_more_than_
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
     monkeypatch.setattr(data, "write_file", lambda path, raw: None)
-    train.draw_curves(None, {f"run {number}": (points, table) for number in range(21)})
+    train.draw_curves(Path("curves.png"), {f"run {number}": (points, table) for number in range(21)})
     figures[0].draw_without_rendering()
     for panel, metric in zip(figures[0].axes, ("loss", "accuracy"), strict=True):
         training, validation = panel.get_lines()[::2], panel.get_lines()[1::2]
