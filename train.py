@@ -363,7 +363,7 @@ def run(args):
     if saved:
         epochs, settings = saved["settings"]["epochs"], continue_settings(saved, args, settings, folder)
         command = saved["command"] + (f" && {command}" if settings["epochs"] != epochs else "")
-    device = find_device(settings["device"])
+    device, precision = find_device(settings["device"]), settings["precision"]
     if held_out := settings["held_out"]:
         train_set, val_set = zip(*((part[:-held_out], part[-held_out:]) for part in train_set), strict=True)
     train_set, val_set = ([tensor.to(device) for tensor in part] for part in (train_set, val_set))
@@ -390,9 +390,7 @@ def run(args):
             except Exception as problem:
                 raise UsageError(f"{path} does not fit ({type(problem).__name__}): take another --name") from None
         how = "is finished" if step == steps else f"goes on after step {step} of {steps}" if saved else "starts"
-        print(
-            f"run {folder} on {device}, {torch.get_num_threads()} threads, {settings['precision']}, {how}", flush=True
-        )
+        print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {precision}, {how}", flush=True)
 
         for left_over in folder.glob("*.part"):  # of killed writers
             left_over.unlink()
@@ -407,7 +405,7 @@ def run(args):
             step, seconds = points[-1]["step"], seconds + time.perf_counter() - start
 
             tta = settings["tta"] and step == steps
-            *validation, accuracy_tta = evaluate(model, *val_set, settings["precision"], tta)
+            *validation, accuracy_tta = evaluate(model, *val_set, precision, tta)
             if not math.isfinite(validation[0]):  # do not overwrite a good checkpoint
                 raise FloatingPointError(f"the validation loss is {validation[0]}: try a --lr below {settings['lr']:g}")
             row = dict(zip(COLUMNS, (step / len(loader), step, seconds, *means_so_far, *validation), strict=True))
