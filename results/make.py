@@ -144,8 +144,8 @@ CELLS = {
     "lowest": lambda of: f"{min(of('val_accuracy')):.2%}",
     "with test-time views": lambda of: spread(of("val_accuracy_tta")) if of("val_accuracy_tta") else "",
     "gap in points": lambda of: (
-        f"{100 * (statistics.mean(of('train_accuracy')) - statistics.mean(of('val_accuracy'))):+.1f}"
-    ),
+        f"{round(100 * (statistics.mean(of('train_accuracy')) - statistics.mean(of('val_accuracy'))), 1) + 0:+}"
+    ),  # + 0, as -0.0 is nothing that a reader wants
     "training loss": lambda of: f"{statistics.mean(of('train_loss')):.3f}",
     "validation loss": lambda of: f"{statistics.mean(of('val_loss')):.3f}",
     "seconds": lambda of: f"{statistics.median(of('train_seconds')):.0f}",
