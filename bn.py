@@ -64,15 +64,14 @@ class BatchNorm:
         """y = gamma * (x - mean) / sqrt(var + eps) + beta: Algorithm 1 of the paper, in inference Algorithm 2.
 
         Args:
-            x: (B, C), float32 or float64; in training B must be at least 2.
-
-        Returns:
-            (B, C), of x's dtype.
+            x: (B, C), float32 or float64, as y will be; in training B must be at least 2.
 
         Raises:
             ValueError: another shape or dtype, or a single row in training (it has no variance).
         """
-        x = self._checked(x, "x")
+        x, channels = np.asarray(x), len(self.gamma)
+        if x.ndim != 2 or x.shape[1] != channels or x.dtype not in (np.float32, np.float64):
+            raise ValueError(f"x must be float32 or float64, (B, {channels}), got {x.dtype}, {x.shape}")
         if not self.training:
             inv_std = 1 / np.sqrt(self.running_var + self.eps)
             normalized = (x - self.running_mean.astype(x.dtype)) * inv_std.astype(x.dtype)
@@ -130,7 +129,7 @@ class BatchNorm:
         if self._saved is None:
             raise RuntimeError("backward needs a forward in training mode first")
         centered, inv_std, scale = self._saved
-        dy = self._checked(dy, "dy").astype(centered.dtype, copy=False)
+        dy = np.asarray(dy, centered.dtype)
         if dy.shape != centered.shape:
             raise ValueError(f"dy must have the shape of forward's input {centered.shape}, got {dy.shape}")
         batch = dy.dtype.type(len(dy))
@@ -141,15 +140,6 @@ class BatchNorm:
         dx -= dbeta / batch
         dx *= scale
         return dx, dgamma, dbeta
-
-    def _checked(self, array, name):
-        array = np.asarray(array)
-        channels = len(self.gamma)
-        if array.ndim != 2 or array.shape[1] != channels:
-            raise ValueError(f"{name} must have shape (B, {channels}), got {array.shape}")
-        if array.dtype not in (np.float32, np.float64):
-            raise ValueError(f"{name} must be float32 or float64, got {array.dtype}")
-        return array
 
 
 def sigmoid(z):

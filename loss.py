@@ -3,8 +3,6 @@
 import torch
 from torch import nn
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
 
 class CrossEntropyLoss(nn.Module):
     """Cross entropy between logits and targets: a drop-in for torch.nn.CrossEntropyLoss.
@@ -77,7 +75,7 @@ class CrossEntropyLoss(nn.Module):
             targets = (1 - smoothing) * targets + smoothing / classes
             losses = -(targets * weighted).sum(dim)
             divisor = losses.numel()
-        elif targets.shape == sample_shape and targets.dtype in INTEGERS:
+        elif targets.shape == sample_shape and targets.dtype in (torch.uint8, torch.int64):  # as torch's
             targets = targets.long()  # first: in a byte, -100 would be class 156
             ignored = targets == self.ignore_index
             index = targets.masked_fill(ignored, 0).unsqueeze(dim)  # any class will do where the loss is dropped

@@ -8,20 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def conv(inputs, outputs):
-    """A 3x3 convolution that keeps height and width. No bias: the batch norm behind it has one (beta)."""
-    return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
-
-
 def group(inputs, outputs):
     """(B, inputs, H, W) -> (B, outputs, H // 2, W // 2)
 
     Pooling comes straight after the first convolution: batch norm, SiLU and the second convolution then work on a
-    quarter of the pixels.
+    quarter of the pixels. The convolutions have no bias, as the batch norm behind them has one (beta).
     """
     return nn.Sequential(
-        conv(inputs, outputs), nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.SiLU(),
-        conv(outputs, outputs), nn.BatchNorm2d(outputs), nn.SiLU(),
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.SiLU(),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.SiLU(),
     )  # fmt: skip
 
 
@@ -39,47 +34,41 @@ class ConvNet(nn.Module):
 
     Args:
         widths: channels of each group; the convolutions of a group with C channels cost about C * C.
-        num_classes: number of logits.
     """
 
-    def __init__(self, widths=(32, 64, 128), num_classes=10):
+    def __init__(self, widths=(32, 64, 128)):
         super().__init__()
         channels = (24, *widths)
         self.stem = nn.Conv2d(3, channels[0], kernel_size=2)
         self.groups = nn.Sequential(*(group(*pair) for pair in zip(channels, widths, strict=False)))
-        self.head = nn.Linear(widths[-1], num_classes)
+        self.head = nn.Linear(widths[-1], 10)
 
     def forward(self, images):
         features = self.groups(F.silu(self.stem(images)))
         return self.head(features.amax(dim=(2, 3)))
 
     @torch.no_grad()
-    def whiten(self, images, eps=5e-4):
-        """Set the stem to filters that decorrelate 2x2 patches of `images`, and freeze them.
+    def whiten(self, images):
+        """Start from a frozen stem that decorrelates 2x2 patches of `images`, and from layers that let them through.
 
         Neighbouring pixels are nearly equal, so a filter sees almost the same number four times; with the patches
         rotated to their principal axes and scaled to equal variance, the net learns faster from the first step on.
         There are 12 such filters; with their negatives, no half of their range is lost in the activation.
 
+        The first filters of each 3x3 convolution start as the identity of its input channels. What is whitened then
+        reaches every layer from the first step on, and so do the gradients, where random filters would blur both a
+        little more in each layer (K. Jordan, arXiv:2404.00498, section 3.3).
+
         Args:
             images: (N, 3, H, W) normalised images, a sample of the training set (a few thousand are plenty).
-            eps: added to the variances, so that axes of almost pure noise are not amplified.
         """
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1)  # (N, 3, H - 1, W - 1, 2, 2)
         patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
         variances, axes = torch.linalg.eigh(torch.cov(patches.T).cpu())  # MPS has no eigh
-        filters = (axes / (variances + eps).sqrt()).T.reshape(-1, 3, 2, 2)
+        filters = (axes / (variances + 5e-4).sqrt()).T.reshape(-1, 3, 2, 2)  # 5e-4: do not amplify pure noise
         self.stem.weight.copy_(torch.cat([filters, -filters]))
         self.stem.weight.requires_grad_(False)
         self.stem.bias.zero_()
-
-    @torch.no_grad()
-    def pass_through(self):
-        """Let the first filters of each 3x3 convolution start as the identity of its input channels.
-
-        What the stem has whitened then reaches every layer from the first step on, and so do the gradients, where
-        random filters would blur both a little more in each layer (K. Jordan, arXiv:2404.00498, section 3.3).
-        """
         for layer in self.groups.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.dirac_(layer.weight[: layer.in_channels])
@@ -172,7 +161,6 @@ def build(settings, images):
     model = ConvNet(settings["widths"]).to(images.device, memory_format=torch.channels_last)
     if settings["whiten"]:
         model.whiten(images)
-        model.pass_through()
     if settings["muon"]:
         model.fix_scales()
         return model, Muon(model.parameters(), settings["lr"], settings["batch_size"])
@@ -208,13 +196,11 @@ class UsageError(Exception):
 def find_device(name):
     """The device of that name, "cpu", "cuda" or "mps"; for "auto" the fastest that works."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    for device in there if name == "auto" else [name]:
+    for device in filter(there.get, there) if name == "auto" else [name]:
         try:
-            if there[device]:
-                conv(1, 1).to(device)(torch.zeros(1, 1, 1, 1, device=device)).sum().item()
-                return device
-            reason = f"PyTorch sees only {', '.join(device for device in there if there[device])}"
-        except RuntimeError as problem:  # such as a card that this PyTorch does not support
+            torch.zeros(1, device=device).sum().item()
+            return device
+        except (AssertionError, RuntimeError) as problem:  # no such card, or one that this PyTorch does not support
             reason = str(problem).strip().splitlines()[0]
             if name == "auto":
                 print(f"{device} cannot be used ({reason}): going on without", flush=True)

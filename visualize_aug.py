@@ -34,20 +34,17 @@ def read(path):
         OSError: there is no such file, or it is not (wholly) a picture.
     """
     with Image.open(Path(path).expanduser()) as picture:
-        levels = 65535 if picture.mode.startswith("I;16") else 1
-        if levels > 1:
-            picture = picture.convert("I")
-        elif picture.mode in ("1", "P", "PA", "LA"):
-            picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        deep = picture.mode.startswith("I;16")
+        if deep or picture.mode in ("1", "P", "PA"):  # Pillow shrinks these roughly or not at all
+            picture = picture.convert("I" if deep else "RGBA")
         picture.thumbnail((SIZE, SIZE))
         picture = ImageOps.exif_transpose(picture)  # as the camera was held
         if picture.mode in ("I", "F"):  # 16 or 32 bits a pixel: scale to 8
-            pixels = np.asarray(picture, dtype=np.float64)
-            pixels = pixels * (255 / max(levels, pixels.max()))
-            picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            pixels = np.asarray(picture, dtype=np.float64).clip(0)
+            white = 65535 if deep else max(1, pixels.max())
+            picture = Image.fromarray((pixels * (255 / white)).astype(np.uint8))
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None]
 
 
@@ -70,10 +67,7 @@ def draw(images):
 
 def main():
     data.prepare_streams()
-    parser = argparse.ArgumentParser(
-        usage="python visualize_aug.py IMAGE [--output PICTURE]",
-        description="Draw what the augmentations do to a picture.",
-    )
+    parser = argparse.ArgumentParser(description="Draw what the augmentations do to a picture.")
     parser.add_argument("image", metavar="IMAGE", type=Path, help="any picture that Pillow opens")
     help = "where to save; its ending names the format (default: IMAGE's name with _aug.png)"
     parser.add_argument("--output", metavar="PICTURE", type=Path, help=help)

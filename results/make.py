@@ -59,8 +59,6 @@ STUDIES = {
 
 
 # --------------------------------------------------------------------------------------------------------- training
-
-
 def rate():
     """A yardstick between machines: GFLOP/s of the best of six 2048 x 2048 matrix products, in bf16 or fp32."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[train.choose_precision("cpu")]
@@ -129,8 +127,6 @@ def last(runs, run, column):
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
-
-
 def spread(values):
     """Mean and, of several, their standard deviation, as text."""
     return f"{statistics.mean(values):.2%}" + (f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else "")
@@ -180,8 +176,6 @@ def write_tables(runs):
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
-
-
 def save(figure, name):
     data.save_figure(figure, RESULTS / name, dpi=110)
     print(f"results/{name}", flush=True)

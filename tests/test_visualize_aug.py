@@ -66,12 +66,6 @@ def test_a_photo_is_turned_as_the_camera_was_held(tmp_path):
     assert visualize_aug.read(tmp_path / "photo.jpg").shape == (1, 3, 60, 40)
 
 
-def test_an_animation_shows_its_first_frame(tmp_path):
-    black, white = (Image.new("RGB", (9, 9), color) for color in ("black", "white"))
-    black.save(tmp_path / "animation.gif", save_all=True, append_images=[white])
-    assert (visualize_aug.read(tmp_path / "animation.gif") == 0).all()
-
-
 def test_what_is_drawn_is_what_the_loader_does():
     images = torch.randint(256, (1, 3, 20, 32), dtype=torch.uint8, generator=seeded())
     generator = seeded(visualize_aug.SEED)
