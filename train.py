@@ -46,7 +46,7 @@ from network import ConvNet, UsageError, build, choose_precision, find_device, t
 #   label_smoothing  spread this share of each target over all classes (loss.CrossEntropyLoss)
 #   tta              at the end, also measure the accuracy with test-time augmentation (data.views)
 # and, for tuning, held_out: validate on the last N training images, not on the test batch.
-FAST = {
+FAST = {  # what the fast recipes have in common
     "batch_size": 500, "augment": "position", "sizes": ((20, 0.2), (24, 0.6)), "whiten": True, "muon": True,
     "label_smoothing": 0.1, "tta": True}  # fmt: skip
 RECIPES = {
@@ -140,8 +140,8 @@ def choose_settings(args):
     for key, (low, high) in LIMITS.items():
         if not all(low <= item[0] <= high for item in list_items(settings[key])):
             raise UsageError(f"{write_flag(key, settings[key])} must be from {low:,} to {high:,}")
-    if len(settings["widths"]) > 4 or not all(0 <= share <= 1 for _, share in settings["sizes"]):
-        raise UsageError("--set takes at most 4 widths (after 4 groups one pixel is left), and shares from 0 to 1")
+    if len(settings["widths"]) > 3 or not all(0 <= share <= 1 for _, share in settings["sizes"]):
+        raise UsageError("--set takes at most 3 widths (3 groups leave 3 x 3 pixels), and shares from 0 to 1")
     settings["device"] = find_device(settings["device"])
     settings["precision"] = choose_precision(settings["device"])
     return settings
@@ -397,7 +397,7 @@ def run(args):
                 raise FloatingPointError(f"the validation loss is {validation[0]}: try a --lr below {settings['lr']:g}")
             row = dict(zip(COLUMNS, (step / len(loader), step, seconds, *means_so_far, *validation), strict=True))
             rows.append(row | {"time": time.time()} | ({"val_accuracy_tta": accuracy_tta} if tta else {}))
-            state = {
+            state = {  # all that it takes to resume the run or to load its net
                 "format": FORMAT, "settings": settings, "command": command, "points": points, "rows": rows,
                 "step": step, "train_seconds": seconds, "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(), "generator": generator.get_state(),

@@ -187,7 +187,7 @@ MISUSE = {  # flags: what the line says
     "--set held_out=49999": "--set held_out=49999 must be from 0 to 49,998",
     "--set label_smoothing=1.5": "--set label_smoothing", "--set label_smoothing=nan": "--set label_smoothing",
     "--set sizes=24:0.5,16:0.6": "--set sizes=24:0.5,16:0.6 must be from 17 to 64",
-    "--set widths=8,8,8,8,8": "at most 4 widths", "--set sizes=24:nan": "shares from 0 to 1",
+    "--set widths=8,8,8,8": "at most 3 widths", "--set sizes=24:nan": "shares from 0 to 1",
     "--set widths=8,0": "--set widths=8,0 must be from 1",
     "--augment sideways": "--augment", "--recipe cake": "--recipe", "--colour": "--colour",
     "--device abacus": "--device", "--device cuda": "--device cuda cannot be used: ",
