@@ -166,7 +166,7 @@ def test_set_sets_what_has_no_flag_and_is_part_of_name_config_and_table(tiny, tm
     given = "widths=8,12 muon=true whiten=true sizes=20:0.2,24:0.6 label_smoothing=0.1 tta=true"
     flags = "--epochs 1 --lr 0.1 --set " + given.replace(" ", " --set ")
     assert tiny(*flags.split()).returncode == 0
-    (folder,) = (tmp_path / "experiments").glob("*/")
+    folder = next((tmp_path / "experiments").glob("*/checkpoint.pt")).parent
     assert folder.name == (
         "baseline-lr0.1-none-widths=8,12-whiten=true-muon=true-tta=true-sizes=20,0.2,24,0.6-label_smoothing=0.1-seed0"
     )
