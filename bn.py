@@ -83,13 +83,13 @@ class BatchNorm:
         average = np.full(batch, 1 / batch, x.dtype)  # average @ x is x.mean(axis=0), in half the time
         mean = average @ x
         centered = x - mean
-        # Rounding leaves the mean of a large offset slightly off. What it is off by is the mean of what is left.
+        # Rounding makes the mean slightly wrong where x is far from 0. The mean of `centered` is that error.
         off = average @ centered
         centered -= off
         var = np.einsum("bc,bc->c", centered, centered) / x.dtype.type(batch)
         inv_std = (1 / np.sqrt(var + self.eps)).astype(x.dtype)
         scale = self.gamma.astype(x.dtype) * inv_std
-        self._saved = centered, inv_std, scale  # first, as y can then have the memory of what was saved before
+        self._saved = centered, inv_std, scale  # before y is made, which can then reuse the memory of the last one
         y = centered * scale  # normalise and scale in one product: going through the array is what takes the time
         y += self.beta.astype(x.dtype)
 
@@ -99,7 +99,7 @@ class BatchNorm:
         return y
 
     def backward(self, dy):
-        """Gradients of a loss by the input and the parameters of the last forward in training mode.
+        """Gradients of a loss with respect to the input and the parameters of the last forward in training mode.
 
         With n = (x - mean) * inv_std, the paper's x-hat, y is gamma * n + beta. Section 3 of the paper goes back from
         y to x, which reaches the loss through n directly and through mean and var; sums are over the batch:
@@ -117,13 +117,13 @@ class BatchNorm:
             dx    = scale * (dy - dbeta / B - (x - mean) * inv_std * dgamma / B)
 
         Args:
-            dy: (B, C), gradient of the loss by forward's result.
+            dy: (B, C), gradient of the loss with respect to y.
 
         Returns:
             dx (B, C), dgamma (C,), dbeta (C,), all of the input's dtype.
 
         Raises:
-            ValueError: dy has another shape than that forward's input.
+            ValueError: dy does not have the shape of that input.
             RuntimeError: there was no forward in training mode.
         """
         if self._saved is None:

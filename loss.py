@@ -14,7 +14,7 @@ class CrossEntropyLoss(nn.Module):
 
     Args:
         weight: (C,) tensor w of class weights; None weighs every class 1.
-        ignore_index: samples of this class count for nothing (class targets only).
+        ignore_index: samples of this class do not count (class targets only).
         reduction: "none" keeps a loss for each sample; "sum" adds them up; "mean" also divides, by the summed weights
             w[y] of the samples for class targets, by the number of samples for probabilities.
         label_smoothing: a share in [0, 1] of each target that is spread evenly over all classes, so that the net is
@@ -42,8 +42,8 @@ class CrossEntropyLoss(nn.Module):
         torch.compile and torch.func.vmap see the whole of it.
 
         Args:
-            targets: classes, integers in [0, C) or ignore_index, of the logits' shape without C; or probabilities,
-                floating point, of the logits' own shape.
+            targets: classes, int64 or uint8 in [0, C) or ignore_index, of the logits' shape without C; or
+                probabilities, floating point, of the logits' own shape.
 
         Returns:
             A scalar; with reduction "none" the logits' shape without C. Of the logits' dtype.
@@ -86,8 +86,8 @@ class CrossEntropyLoss(nn.Module):
             divisor = weight.gather(dim, index).squeeze(dim).masked_fill(ignored, 0).sum()
         else:
             raise ValueError(
-                f"targets must be classes, integers of shape {tuple(sample_shape)}, or probabilities, floating point "
-                f"of shape {tuple(logits.shape)}, got {targets.dtype} {tuple(targets.shape)}"
+                f"targets must be classes, int64 or uint8 of shape {tuple(sample_shape)}, or probabilities, floating "
+                f"point of shape {tuple(logits.shape)}, got {targets.dtype} {tuple(targets.shape)}"
             )
         if self.reduction == "sum":
             losses = losses.sum()

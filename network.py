@@ -53,11 +53,11 @@ class ConvNet(nn.Module):
 
         Neighbouring pixels are nearly equal, so a filter sees almost the same number four times; with the patches
         rotated to their principal axes and scaled to equal variance, the net learns faster from the first step on.
-        There are 12 such filters; with their negatives, no half of their range is lost in the activation.
+        There are 12 such filters. Their negatives are added, as SiLU drops most of a negative output.
 
-        The first filters of each 3x3 convolution start as the identity of its input channels. What is whitened then
-        reaches every layer from the first step on, and so do the gradients, where random filters would blur both a
-        little more in each layer (K. Jordan, arXiv:2404.00498, section 3.3).
+        The first filters of each 3x3 convolution start as the identity of its input channels. So the image and the
+        gradients pass every layer from the first step on; random filters would blur both a little more in each layer
+        (K. Jordan, arXiv:2404.00498, section 3.3).
 
         Args:
             images: (N, 3, H, W) normalised images, a sample of the training set (a few thousand are plenty).
@@ -67,8 +67,10 @@ class ConvNet(nn.Module):
         variances, axes = torch.linalg.eigh(torch.cov(patches.T).cpu())  # MPS has no eigh
         filters = (axes / (variances + 5e-4).sqrt()).T.reshape(-1, 3, 2, 2)  # 5e-4: do not amplify pure noise
         self.stem.weight.copy_(torch.cat([filters, -filters]))
-        self.stem.weight.requires_grad_(False)
-        self.stem.bias.zero_()
+        # SiLU drops most of what is below 0, so shift up. Trained biases end near 0.8, too, but their gradient is the
+        # costliest of all.
+        self.stem.bias.fill_(0.8)
+        self.stem.requires_grad_(False)
         for layer in self.groups.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.dirac_(layer.weight[: layer.in_channels])
@@ -90,16 +92,16 @@ class ConvNet(nn.Module):
 
 
 class Muon:
-    """Gradient descent with momentum; the step of a filter bank is made orthogonal: every direction moves as far.
+    """Gradient descent with momentum; the step of a convolution is made orthogonal: every direction moves as far.
 
     A gradient is mostly a few strong directions. Replacing its singular values by ones lets the weak ones learn too,
     which takes far fewer steps than SGD or Adam. (K. Jordan et al., "Muon: an optimizer for hidden layers in neural
     networks", 2024; the constants here are those of his speed-run airbench94, or close.) The filters themselves are
-    kept at a fixed norm: batch norm undoes their scale anyway, and so one rate suits all layers. What is not a filter
-    bank, the biases and the linear layer, is stepped along its own gradient (SGD), summed over the batch so that an
-    epoch goes as far in large batches as in small ones; it decays a little in each step.
+    kept at a fixed norm: batch norm undoes their scale anyway, and so one rate suits all layers. The biases and
+    the linear layer are stepped along their own gradients (SGD, with a little weight decay), summed over the batch so
+    that an epoch goes as far in large batches as in small ones.
 
-    It has no base class, as the first optimizer of torch.optim that is made imports more than PyTorch itself does.
+    It has no base class: making a first optimizer of torch.optim imports more than PyTorch itself.
     """
 
     def __init__(self, parameters, lr, batch_size):
@@ -111,8 +113,6 @@ class Muon:
     @torch.no_grad()
     def step(self):
         for parameter, velocity in zip(self.parameters, self.velocities, strict=True):
-            if parameter.grad is None:
-                continue
             momentum = 0.65 if parameter.ndim == 4 else 0.85
             velocity.mul_(momentum).add_(parameter.grad)
             direction = parameter.grad + momentum * velocity  # Nesterov: look one step ahead
@@ -120,7 +120,7 @@ class Muon:
                 parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
                 parameter.sub_(self.lr * orthogonalize(direction.flatten(1)).view_as(parameter))
             else:
-                # airbench94 divides the logits by the number of inputs; here its square does that
+                # airbench94 divides the logits by their n inputs; to divide the rate by n ** 2 does the same
                 factor = 1 / 4 if parameter.ndim == 1 else 3.3 / parameter.shape[1] ** 2
                 rate = self.lr * self.batch_size
                 parameter.mul_(1 - 1e-5 * rate)
@@ -170,16 +170,16 @@ def build(settings, images):
 def train_step(model, optimizer, criterion, images, labels, precision):
     """One step of gradient descent. Returns the logits (B, 10), and the loss that was minimised as a float.
 
-    The batch is worked through in parts of 250 images or fewer, whose losses, weighted by their sizes, add up to that
-    of the batch. What a part computes forward is still in the processor's cache when it goes back: a step of 1,000
+    The batch is split into parts of at most 250 images, whose losses, weighted by their sizes, add up to that of the
+    batch. What a part computes forward is still in the processor's cache when its gradients need it: a step of 1,000
     is a quarter faster and takes a quarter of the memory. (Batch norm sees one part at a time.)
     """
     model.zero_grad()
-    parts = math.ceil(len(images) / 250)
+    count = math.ceil(len(images) / 250)
     logits, loss = [], 0
-    for some, targets in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+    for part, targets in zip(images.chunk(count), labels.chunk(count), strict=True):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            outputs = model(some)
+            outputs = model(part)
         outputs = outputs.float()
         weighted = criterion(outputs, targets) * (len(targets) / len(labels))
         weighted.backward()
@@ -198,12 +198,14 @@ def find_device(name):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     for device in filter(there.get, there) if name == "auto" else [name]:
         try:
-            torch.zeros(1, device=device).sum().item()
+            if not there[device]:
+                raise RuntimeError(f"PyTorch sees only {', '.join(filter(there.get, there))}")
+            F.conv2d(*torch.zeros(2, 1, 1, 1, 1, device=device)).item()
             return device
-        except (AssertionError, RuntimeError) as problem:  # no such card, or one that this PyTorch does not support
+        except RuntimeError as problem:  # such as a card that this PyTorch does not support
             reason = str(problem).strip().splitlines()[0]
             if name == "auto":
-                print(f"{device} cannot be used ({reason}): going on without", flush=True)
+                print(f"{device} cannot be used ({reason}): continuing without it", flush=True)
     raise UsageError(f"--device {name} cannot be used: {reason}; try --device auto")
 
 

@@ -46,19 +46,19 @@ from network import ConvNet, UsageError, build, choose_precision, find_device, t
 #   label_smoothing  spread this share of each target over all classes (loss.CrossEntropyLoss)
 #   tta              at the end, also measure the accuracy with test-time augmentation (data.views)
 # and, for tuning, held_out: validate on the last N training images, not on the test batch.
-FAST = {  # what the fast recipes have in common
+SHARED = {  # what all recipes but the baseline start from
     "batch_size": 500, "augment": "position", "sizes": ((20, 0.2), (24, 0.6)), "whiten": True, "muon": True,
     "label_smoothing": 0.1, "tta": True}  # fmt: skip
 RECIPES = {
     "baseline": {
         "lr": 1e-3, "epochs": 5.0, "batch_size": 128, "augment": "none", "widths": (32, 64, 128), "sizes": (),
         "whiten": False, "muon": False, "label_smoothing": 0.0, "tta": False},
-    "quick": FAST | {
+    "quick": SHARED | {
         "lr": 0.22, "epochs": 0.5, "batch_size": 128, "augment": "none", "widths": (32, 64, 64), "sizes": ((22, 0.5),),
         "label_smoothing": 0.2, "tta": False},
-    "coffee": FAST | {"lr": 0.2, "epochs": 4.0, "widths": (32, 128, 128)},
-    "lunch": FAST | {"lr": 0.2, "epochs": 5.5, "widths": (64, 192, 192)},
-    "best": FAST | {"lr": 0.18, "epochs": 9.0, "batch_size": 1000, "widths": (64, 256, 256)},
+    "coffee": SHARED | {"lr": 0.2, "epochs": 4.0, "widths": (32, 128, 128)},
+    "lunch": SHARED | {"lr": 0.2, "epochs": 5.5, "widths": (64, 192, 192)},
+    "best": SHARED | {"lr": 0.18, "epochs": 9.0, "batch_size": 1000, "widths": (64, 256, 256)},
 }  # fmt: skip
 DEFAULTS = {"held_out": 0, "seed": 0, "device": "auto"}  # whatever the recipe
 BOOLEANS = {"true": True, "false": False}
@@ -70,11 +70,11 @@ SET_PARSERS = {  # how --set reads what has no flag
     "label_smoothing": float, "held_out": int,
 }  # fmt: skip
 EXAMPLES = "widths=64,128,256 whiten=true muon=false tta=true sizes=20:0.2,24:0.6 label_smoothing=0.1 held_out=5000"
-LIMITS = {
+LIMITS = {  # of smaller pictures than 17 x 17, three groups of layers leave one pixel
     "lr": (1e-30, 1e30), "epochs": (1e-6, 1e6), "batch_size": (2, 50_000), "seed": (0, 2**63 - 1),
     "widths": (1, 4096), "sizes": (17, 64), "label_smoothing": (0, 1), "held_out": (0, 49_998),
 }  # fmt: skip
-FORMAT = 2  # of checkpoints: another net or another state needs another number
+FORMAT = 3  # of checkpoint.pt: raise it when you change the net, the optimizer or what is saved
 COLUMNS = ("epoch", "step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 # TensorBoard's tags (a chart each, with all runs in it), and the column that each shows
 TRAINING_TAGS = {"loss/train": "train_loss", "accuracy/train": "train_accuracy", "learning_rate": "learning_rate"}
@@ -90,7 +90,7 @@ def parse_setting(text):
     try:
         return key, SET_PARSERS[key](value)
     except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text[:60]}: no such setting or value; examples: {EXAMPLES}") from None
+        raise argparse.ArgumentTypeError(f"cannot read {text[:60]}; examples: {EXAMPLES}") from None
 
 
 def make_parser():
@@ -103,11 +103,12 @@ def make_parser():
     add("--lr", type=float, help=f"learning rate {by_recipe('lr')}")
     add("--epochs", type=float, metavar="N", help=f"passes over the training set, or a fraction {by_recipe('epochs')}")
     add("--batch-size", type=int, metavar="N", help=f"images in a step {by_recipe('batch_size')}")
-    add("--augment", choices=data.AUGMENTATIONS, help=f"as visualize_aug.py draws it {by_recipe('augment')}")
-    add("--set", type=parse_setting, action="append", metavar="KEY=VALUE", help=f"{EXAMPLES} (default: by recipe)")
+    add("--augment", choices=data.AUGMENTATIONS, help=f"flips and shifts, colors, or both {by_recipe('augment')}")
+    every = f"repeat it for each of these: {EXAMPLES} (default: by recipe)"
+    add("--set", type=parse_setting, action="append", metavar="KEY=VALUE", help=every)
     add("--seed", type=int, metavar="N", help="seed of all random numbers (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="auto uses a GPU if there is one (default: auto)")
-    add("--data", default="datasets", metavar="DIR", help="folder of CIFAR-10, filled if empty (default: datasets)")
+    add("--data", default="datasets", metavar="DIR", help="folder of CIFAR-10, fetched if missing (default: datasets)")
     add("--experiments", default="experiments", metavar="DIR", help="folder of all runs (default: experiments)")
     add("--name", help="the run's folder (default: from recipe, rate, augmentation, what was set, and seed)")
     add("--resume", action="store_true", help="continue the last saved run of that name, or start it")
@@ -141,7 +142,7 @@ def choose_settings(args):
         if not all(low <= item[0] <= high for item in list_items(settings[key])):
             raise UsageError(f"{write_flag(key, settings[key])} must be from {low:,} to {high:,}")
     if len(settings["widths"]) > 3 or not all(0 <= share <= 1 for _, share in settings["sizes"]):
-        raise UsageError("--set takes at most 3 widths (3 groups leave 3 x 3 pixels), and shares from 0 to 1")
+        raise UsageError("--set takes at most 3 widths (a fourth group leaves one pixel), and shares from 0 to 1")
     settings["device"] = find_device(settings["device"])
     settings["precision"] = choose_precision(settings["device"])
     return settings
@@ -149,7 +150,7 @@ def choose_settings(args):
 
 # -------------------------------------------------------------------------------------------- one epoch of training
 def train_epoch(model, optimizer, loader, settings, step, steps):
-    """Train from step number `step` on for an epoch, or to step number `steps` if that comes first.
+    """Train for an epoch from step number `step` on; stop early at step number `steps`.
 
     Yields, about twenty times an epoch, a point of the training curves (of the steps since the last point), and the
     (loss, accuracy) of the epoch so far. These are means over images, without label smoothing, so that runs compare.
@@ -158,15 +159,12 @@ def train_epoch(model, optimizer, loader, settings, step, steps):
     plain_loss = CrossEntropyLoss(reduction="sum")
     count, every = min(len(loader), steps - step), max(1, round(len(loader) / 20))
     recent, total = torch.zeros(2, 3, dtype=torch.float64)  # images, their summed loss, how many are right
-    quiet = False if "ipykernel" in sys.modules else None  # None: a bar on a terminal only; False: always
-    batches = tqdm(itertools.islice(loader, count), total=count, leave=False, disable=quiet, mininterval=0.5)
+    disable = False if "ipykernel" in sys.modules else None  # None: a bar on a terminal only; False: always
+    batches = tqdm(itertools.islice(loader, count), total=count, leave=False, disable=disable, mininterval=0.5)
     for number, (images, labels) in enumerate(batches, 1):
         rate = settings["lr"]
         if settings["muon"]:
             optimizer.lr = rate = rate * (1 - step / steps)
-            # The stem's biases settle in a fifth of an epoch. Then they are frozen, which saves the costliest
-            # gradient of all (Hiverge's speed-run, 2025).
-            model.stem.bias.requires_grad_(step < 0.2 * len(loader))
         size = next((size for size, share in settings["sizes"] if step < share * steps), images.shape[2])
         images = data.resize(images, size)
         logits, loss = train_step(model, optimizer, criterion, images, labels, settings["precision"])
@@ -187,18 +185,25 @@ def train_epoch(model, optimizer, loader, settings, step, steps):
 @torch.no_grad()
 def evaluate(model, images, labels, precision, tta=False):
     """Loss, accuracy and, with `tta`, accuracy with test-time augmentation (else None), in evaluation mode."""
+
+    def predict(images, views):
+        logits = []
+        for part in images.split(250):
+            inputs = data.normalize(data.to_float(part))
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits.append(sum(weight * model(view).float() for view, weight in views(inputs)))
+        return torch.cat(logits)
+
     model.eval()
-    plain, averaged = [], []
-    for some in images.split(250):
-        inputs = data.normalize(data.to_float(some))
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            outputs = [(model(view).float(), weight) for view, weight in (data.views(inputs) if tta else [(inputs, 1)])]
-        plain.append(outputs[0][0])
-        averaged.append(sum(weight * logits for logits, weight in outputs))
+    logits = predict(images, lambda inputs: [(inputs, 1)])
+    averaged = logits.clone()
+    if tta:  # only the images it is least sure of: other answers hardly ever change (Hiverge's speed-run, 2025)
+        unsure = logits.softmax(1).amax(1).argsort()[: math.ceil(len(labels) / 4)]
+        averaged[unsure] = predict(images[unsure], data.views)
     model.train()
-    loss = CrossEntropyLoss()(torch.cat(plain), labels).item()
-    right = [(torch.cat(logits).argmax(1) == labels).sum().item() for logits in (plain, averaged)]
-    return loss, right[0] / len(labels), right[1] / len(labels) if tta else None
+    loss = CrossEntropyLoss()(logits, labels).item()
+    accuracy, accuracy_tta = ((each.argmax(1) == labels).sum().item() / len(labels) for each in (logits, averaged))
+    return loss, accuracy, accuracy_tta if tta else None
 
 
 def load(folder):
@@ -216,8 +221,8 @@ def read_checkpoint(path):
         saved = torch.load(path, weights_only=True, map_location="cpu")  # it may come from a GPU that is not here
         if saved["format"] != FORMAT:
             raise ValueError
-    except Exception as problem:  # torch.load has no error of its own for what it cannot read
-        raise UsageError(f"{path} is no checkpoint of this train.py ({type(problem).__name__})") from None
+    except Exception as problem:  # torch.load raises many kinds of error
+        raise UsageError(f"cannot load {path} with this train.py ({type(problem).__name__})") from None
     return saved
 
 
@@ -249,7 +254,7 @@ class Events:
         """Write what is new in `points` (training) and `rows` (validation). After a failure, retry once an epoch."""
         if self.writer is None and len(rows) == self.epochs:
             return
-        writer, self.writer, self.epochs = self.writer, None, len(rows)
+        writer, self.writer, self.epochs = self.writer, None, len(rows)  # None until this write has succeeded
         with data.survive_failure(self.path):
             if not writer:
                 writer, self.written = EventsWriter(str(self.path), f".{time.time_ns()}"), (0, 0)
@@ -297,7 +302,7 @@ def draw_curves(path, runs):
 
 
 # ---------------------------------------------------------------------------------------------------------- one run
-def find_folder(args, settings):
+def claim_folder(args, settings):
     """The run's folder: a new one or, with --resume, the last saved one of that name, if there is any.
 
     A run claims its name by making the folder: of two that start at once only one can. The other takes the next name
@@ -315,9 +320,12 @@ def find_folder(args, settings):
         saved = [folder for folder in folders if (folder / "checkpoint.pt").exists()]
         folders = [max(saved, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime, default=folders[0])]
     for folder in folders:
-        with contextlib.suppress(FileExistsError):
+        try:
             folder.mkdir(parents=True, exist_ok=args.resume)
             return folder
+        except FileExistsError:
+            if not folder.is_dir():  # something else stands in its way
+                raise
     raise UsageError(f"{folder} is there already: choose another --name, or continue that run with --resume")
 
 
@@ -326,7 +334,7 @@ def continue_settings(saved, args, settings, folder):
     stored, given, done = saved["settings"], list_given(args), saved["rows"][-1]["epoch"]
     if "device" in given and settings["device"] != stored["device"]:
         stored |= {key: settings[key] for key in ("device", "precision")}
-    # At a constant rate and size, the steps done so far do not depend on how many epochs there will be
+    # After whole epochs at a constant rate and size, no step has depended on the number of epochs
     scheduled = stored["muon"] or stored["sizes"]
     if given.get("epochs", 0) >= done == int(done) and not scheduled:
         stored["epochs"] = given["epochs"]
@@ -334,7 +342,7 @@ def continue_settings(saved, args, settings, folder):
         if key != "device" and value != stored[key]:
             reason = " and a schedule that depends on it" if key == "epochs" and scheduled else ""
             raise UsageError(
-                f"{folder} was started with {write_flag(key, stored[key])}{reason}: leave that out to resume it, "
+                f"{folder} was started with {write_flag(key, stored[key])}{reason}: drop that flag to resume it, "
                 "or name another run with --name"
             )
     return stored
@@ -344,9 +352,9 @@ def run(args):
     """One run, from its settings to its curves."""
     settings, command = choose_settings(args), shlex.join(["python", *sys.argv])
     train_set, val_set = data.load_cifar10(args.data)
-    folder = find_folder(args, settings)
-    path = folder / "checkpoint.pt"
-    saved = read_checkpoint(path) if path.exists() else None
+    folder = claim_folder(args, settings)
+    checkpoint = folder / "checkpoint.pt"
+    saved = read_checkpoint(checkpoint) if checkpoint.exists() else None
     if saved:
         epochs, settings = saved["settings"]["epochs"], continue_settings(saved, args, settings, folder)
         command = saved["command"] + (f" && {command}" if settings["epochs"] != epochs else "")
@@ -366,8 +374,8 @@ def run(args):
         loader = data.Loader(*train_set, settings["batch_size"], settings["augment"], generator)
         steps = max(1, round(settings["epochs"] * len(loader)))
         step, points, rows, seconds = 0, [], [], time.perf_counter() - start
-        if path.exists():
-            saved = read_checkpoint(path)  # again: another process may have saved before it let go of the lock
+        if checkpoint.exists():
+            saved = read_checkpoint(checkpoint)  # again: another process may have saved before it let go of the lock
             try:
                 step, points, rows, seconds = (saved[key] for key in ("step", "points", "rows", "train_seconds"))
                 loader.epoch = len(rows)
@@ -375,9 +383,10 @@ def run(args):
                 optimizer.load_state_dict(saved["optimizer"])
                 generator.set_state(saved["generator"])  # after Loader, which draws its flips from the seed
             except Exception as problem:
-                raise UsageError(f"{path} does not fit ({type(problem).__name__}): take another --name") from None
-        how = "is finished" if step == steps else f"goes on after step {step} of {steps}" if saved else "starts"
-        print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {precision}, {how}", flush=True)
+                reason = f"does not fit this net and optimizer ({type(problem).__name__}): take another --name"
+                raise UsageError(f"{checkpoint} {reason}") from None
+        how = "is finished" if step == steps else f"continues after step {step} of {steps}" if saved else "starts"
+        print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {precision}: {how}", flush=True)
 
         for left_over in folder.glob("*.part"):  # of killed writers
             left_over.unlink()
@@ -403,7 +412,7 @@ def run(args):
                 "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
             }  # fmt: skip
             torch.save(state, buffer := io.BytesIO())
-            data.write_file(path, buffer.getvalue(), patience=10)
+            data.write_file(checkpoint, buffer.getvalue(), patience=10)
             write_tables(folder, settings, command, rows)
             events.write(points, rows)
             print(

@@ -2,7 +2,7 @@
 
     python visualize_aug.py Lenna.png
 
-The picture goes through the very functions that the training's loader calls; shifts are in proportion to its size, so
+The picture goes through the same functions that the training's loader calls; shifts are in proportion to its size, so
 what is seen here at 512x512 is what happens at 32x32.
 """
 
@@ -40,7 +40,7 @@ def read(path):
         picture.thumbnail((SIZE, SIZE))
         picture = ImageOps.exif_transpose(picture)  # as the camera was held
         if picture.mode in ("I", "F"):  # 16 or 32 bits a pixel: scale to 8
-            pixels = np.asarray(picture, dtype=np.float64).clip(0)
+            pixels = np.asarray(picture, dtype=np.float64).clip(0, 65535 if deep else None)
             white = 65535 if deep else max(1, pixels.max())
             picture = Image.fromarray((pixels * (255 / white)).astype(np.uint8))
         picture = picture.convert("RGBA")
@@ -78,7 +78,7 @@ def main():
     except UnidentifiedImageError:
         reason = "is no picture that Pillow can read: convert it, a phone's HEIC for example, to JPEG or PNG first"
         parser.exit(1, f"visualize_aug.py: {args.image} {reason}\n")
-    except Exception as problem:  # Pillow has many, and no class of its own for all of them
+    except Exception as problem:  # Pillow raises many kinds of error
         reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else problem
         parser.exit(1, f"visualize_aug.py: {args.image} cannot be read as a picture: {reason}\n")
     formats = figure.canvas.get_supported_filetypes()

@@ -1,7 +1,7 @@
 """Make every table and picture of README again, from real runs on the real data.
 
-    python results/make.py                 train all that results/runs.csv does not hold yet (two hours), then draw
-    python results/make.py rates           train for one study only: rates, augmentation, steps or speed
+    python results/make.py                 train what results/runs.csv lacks, then draw (all of it: two hours)
+    python results/make.py rates           train for one study only: rates, augmentation, tricks or speed
     python results/make.py none            train nothing, only draw
 
 Every run is a command line of train.py. What it measured becomes lines of runs.csv, one an epoch, and is not measured
@@ -36,8 +36,8 @@ RESULTS = ROOT / "results"
 REPORT = ROOT / "experiments" / "report"
 COLUMNS = ("run", "seed", *train.COLUMNS, "val_accuracy_tta", "whole_seconds", "peak_gib", "gflops")
 
-# The quick recipe taken apart: each step adds to those before it. The first trains the same net the baseline's way.
-STEPS = {
+# The quick recipe taken apart: each trick adds to those before it. The first trains the same net the baseline's way.
+TRICKS = {
     "Adam at 1e-3": "--recipe quick --set sizes= --set label_smoothing=0 --set whiten=false --set muon=false --lr 1e-3",
     "Muon, rate falling to 0": "--recipe quick --set sizes= --set label_smoothing=0 --set whiten=false",
     "whitened stem, identity start": "--recipe quick --set sizes= --set label_smoothing=0",
@@ -52,14 +52,14 @@ RATES = {rate: f"--lr {rate}" for rate in ("1e-3", "1e-4", "1e-5")}
 # study: {run, as flags of train.py: number of seeds}. What takes longest comes last.
 STUDIES = {
     "rates": dict(zip(RATES.values(), (3, 1, 1), strict=True)),
-    "steps": dict.fromkeys(STEPS.values(), 3),
+    "tricks": dict.fromkeys(TRICKS.values(), 3),
     "augmentation": dict.fromkeys(AUGMENTATIONS.values(), 3),
-    "speed": dict(zip(LADDER.values(), (3, 10, 3, 3, 5), strict=True)),
+    "speed": dict(zip(LADDER.values(), (3, 10, 3, 3, 3), strict=True)),
 }
 
 
 # --------------------------------------------------------------------------------------------------------- training
-def rate():
+def measure_gflops():
     """A yardstick between machines: GFLOP/s of the best of six 2048 x 2048 matrix products, in bf16 or fp32."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[train.choose_precision("cpu")]
     a, seconds = torch.ones(2048, 2048, dtype=dtype), []
@@ -83,13 +83,13 @@ def train_once(run, seed):
     command = [sys.executable, "train.py", *run.split(), "--seed", str(seed)]
     command += ["--device", "cpu", "--experiments", str(REPORT), "--name", folder.name]
     print(f"{run} --seed {seed}", flush=True)
-    gflops, start = rate(), time.perf_counter()
+    gflops, start = measure_gflops(), time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"make.py: failed: {shlex.join(command)}")
     peak = usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    costs = {"whole_seconds": time.perf_counter() - start, "peak_gib": peak, "gflops": (gflops + rate()) / 2}
+    costs = {"whole_seconds": time.perf_counter() - start, "peak_gib": peak, "gflops": (gflops + measure_gflops()) / 2}
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     rows[-1] |= {name: f"{cost:.2f}" for name, cost in costs.items()}
@@ -132,16 +132,16 @@ def spread(values):
     return f"{statistics.mean(values):.2%}" + (f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-# column: its text, made by `of`, which gives a figure after the last epoch for each seed of a run
+# column: how its text is made; of(name) lists the last value of each seed
 CELLS = {
     "runs": lambda of: len(of("val_accuracy")),
     "training accuracy": lambda of: spread(of("train_accuracy")),
     "validation accuracy": lambda of: spread(of("val_accuracy")),
     "lowest": lambda of: f"{min(of('val_accuracy')):.2%}",
-    "with test-time views": lambda of: spread(of("val_accuracy_tta")) if of("val_accuracy_tta") else "",
+    "with test-time augmentation": lambda of: spread(of("val_accuracy_tta")) if of("val_accuracy_tta") else "",
     "gap in points": lambda of: (
         f"{round(100 * (statistics.mean(of('train_accuracy')) - statistics.mean(of('val_accuracy'))), 1) + 0:+}"
-    ),  # + 0, as -0.0 is nothing that a reader wants
+    ),  # + 0 turns -0.0 into 0.0
     "training loss": lambda of: f"{statistics.mean(of('train_loss')):.3f}",
     "validation loss": lambda of: f"{statistics.mean(of('val_loss')):.3f}",
     "seconds": lambda of: f"{statistics.median(of('train_seconds')):.0f}",
@@ -152,10 +152,10 @@ ACCURACY = ("runs", "training accuracy", "validation accuracy")
 TABLES = {  # head of the first column: {its text: run}, the other columns
     "`--lr`": (RATES, (*ACCURACY, "training loss", "validation loss")),
     "`--augment`": (AUGMENTATIONS, (*ACCURACY, "gap in points")),
-    "each line adds to those above": (STEPS, ("runs", "validation accuracy", "seconds")),
+    "each line adds to those above": (TRICKS, ("runs", "validation accuracy", "seconds")),
     "`--recipe`": (
         LADDER,
-        ("runs", "validation accuracy", "lowest", "with test-time views", "seconds", "whole command", "memory"),
+        ("runs", "validation accuracy", "lowest", "with test-time augmentation", "seconds", "whole command", "memory"),
     ),
 }
 

@@ -147,7 +147,7 @@ def main():
     threads = torch.get_num_threads()
     print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")
     print(f"Python {platform.python_version()}, PyTorch {torch.__version__}, NumPy {np.__version__}")
-    print(f"matrix product: {make.rate():.0f} GFLOP/s, precision {train.choose_precision('cpu')}\n")
+    print(f"matrix product: {make.measure_gflops():.0f} GFLOP/s, precision {train.choose_precision('cpu')}\n")
 
     print("batch norm, forward + backward, float32, one thread: time of bn.BatchNorm / torch.nn.BatchNorm1d")
     torch.set_num_threads(1)

@@ -25,16 +25,8 @@ ROOT = Path(data.__file__).parent
 # with one in another process, as sums come out the same only in the same order.
 torch.set_num_threads(1)
 unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork, no resource limits and no SIGKILL")
-
-
-def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="many more cases each, in many minutes")
-
-
-def pytest_configure(config):
-    for name, cases in (("short", 80), ("long", 3000)):
-        hypothesis.settings.register_profile(name, deadline=None, derandomize=True, max_examples=cases)
-    hypothesis.settings.load_profile("long" if config.getoption("--long") else "short")
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=80)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""The cross entropy against torch's in float64, against finite differences and against cases worked out by hand."""
+"""The cross entropy against torch's in float64, and what it refuses."""
 
 import ast
 import math
@@ -80,16 +80,6 @@ def test_of_huge_logits_the_loss_is_finite_and_exact_and_of_their_dtype(dtype, s
         assert criterion(logits, targets).dtype == criterion(logits, logits).dtype == dtype
     torch.testing.assert_close(loss.double(), exact, **tolerance)
     torch.testing.assert_close(gradient.double(), exact_gradient, **tolerance)
-
-
-def test_sums_of_half_precision_do_not_overflow_on_the_way():
-    logits = torch.full((1, 10), -1e4, dtype=torch.float16)
-    logits[0, 0] = 1e4  # the ten losses of 2e4 that smoothing adds up are more than float16 holds
-    loss = CrossEntropyLoss(label_smoothing=0.5)(logits, torch.tensor([0]))
-    assert loss.item() == pytest.approx(0.05 * 9 * 2e4, rel=1e-2)
-    loss = CrossEntropyLoss(weight=torch.ones(2, dtype=torch.float16))  # 70,000 are more, too
-    logits, targets = torch.zeros(70_000, 2, dtype=torch.float16), torch.zeros(70_000, dtype=torch.long)
-    assert loss(logits, targets).item() == pytest.approx(math.log(2), rel=1e-3)
 
 
 def test_a_class_in_a_byte_is_not_the_default_ignore_index():

@@ -75,7 +75,7 @@ def test_whitened_stem_decorrelates(contrast):
     model.whiten(images)
     outputs = model.stem(images)
     np.testing.assert_allclose(covariance(outputs[:, :12]), np.diag(variances / (variances + 5e-4)), atol=2e-3)
-    torch.testing.assert_close(outputs[:, 12:], -outputs[:, :12], rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs[:, 12:] - 0.8, 0.8 - outputs[:, :12], rtol=0, atol=1e-5)
 
 
 def build(**tricks):
@@ -95,16 +95,21 @@ def test_with_tricks_build_whitens_passes_through_fixes_scales_and_gives_muon():
     model, muon = build(whiten=True, muon=True)
     norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert len(norms) == 6 and frozen == {"stem.weight", "head.bias", *(f"{name}.weight" for name in norms)}
+    assert len(norms) == 6 and frozen == {
+        "stem.weight",
+        "stem.bias",
+        "head.bias",
+        *(f"{name}.weight" for name in norms),
+    }
     assert all((layer.weight == 1).all() and layer.momentum == 0.2 for layer in norms.values())
-    assert not model.stem.bias.any() and not model.head.bias.any()
+    assert not model.head.bias.any()
     assert model.head.weight.std().item() == pytest.approx(1 / 20, rel=0.2)
     assert torch.equal(model.stem.weight[12:], -model.stem.weight[:12])
     (first, second, third), x = (group[0] for group in model.groups), noise(2, 24, 8, 8)
     assert torch.equal(first(x), x)
     assert torch.equal(second(x)[:, :24], x) and second(x)[:, 24:].std() > 0.1  # the other filters stay random
     assert torch.equal(third(second(x)), second(x)[:, :20])
-    assert (muon.lr, muon.batch_size, len(muon.state_dict()["velocities"])) == (0.1, 20, 14)
+    assert (muon.lr, muon.batch_size, len(muon.state_dict()["velocities"])) == (0.1, 20, 13)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 30), (30, 5)])
@@ -142,9 +147,6 @@ def test_muon_steps_filters_along_the_orthogonalized_nesterov_gradient_at_a_fixe
         sgd.step()
         torch.testing.assert_close(filters.detach().flatten(1), expected)
         torch.testing.assert_close([shift, linear], references, rtol=1e-6, atol=1e-7)
-    shift.grad, before = None, shift.clone()
-    optimizer.step()
-    assert torch.equal(shift, before)  # without a gradient nothing moves, whatever the velocity
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
@@ -170,15 +172,17 @@ def test_a_card_that_this_pytorch_cannot_use_is_passed_over_or_named(monkeypatch
     def fail_on_cuda(*shape, device):
         if device == "cuda":
             raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nMore lines")
-        return zeros(*shape, device=device)
+        return zeros(*shape)
 
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", fail_on_cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert network.find_device("auto") == network.find_device("cpu") == "cpu"
-    reason = "cannot be used (CUDA error: no kernel image is available for execution on the device): going on without"
+    reason = (
+        "cannot be used (CUDA error: no kernel image is available for execution on the device): continuing without it"
+    )
     assert capsys.readouterr().out.splitlines() == [f"cuda {reason}"]
-    for name, says in (("cuda", "no kernel image"), ("mps", "MPS")):
+    for name, says in (("cuda", "no kernel image"), ("mps", "PyTorch sees only cuda, cpu")):
         with pytest.raises(network.UsageError, match=rf"^--device {name} cannot be used: .*{says}.*$"):
             network.find_device(name)
     assert capsys.readouterr().out == ""

@@ -99,6 +99,8 @@ def test_evaluate_is_the_mean_over_all_images_in_evaluation_mode():
     with torch.no_grad():
         logits = model.eval()(inputs)
         averaged = sum(weight * model(view) for view, weight in data.views(inputs))
+    sure = logits.softmax(1).amax(1).sort().values[len(labels) // 4] <= logits.softmax(1).amax(1)
+    averaged[sure] = logits[sure]  # only a quarter is looked at again
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert accuracy == (logits.argmax(1) == labels).double().mean().item()
     assert accuracy_tta == (averaged.argmax(1) == labels).double().mean().item() != accuracy
@@ -106,7 +108,7 @@ def test_evaluate_is_the_mean_over_all_images_in_evaluation_mode():
 
 def test_rate_falls_linearly_and_pictures_grow_and_epochs_may_be_a_fraction(tiny, tmp_path, interfere):
     def look(model, optimizer, criterion, images, *others):
-        seen.append((optimizer.lr, *images.shape[2:], model.stem.bias.requires_grad))
+        seen.append((optimizer.lr, *images.shape[2:]))
 
     seen = []
     interfere(train, "train_step", look)
@@ -114,7 +116,7 @@ def test_rate_falls_linearly_and_pictures_grow_and_epochs_may_be_a_fraction(tiny
     assert tiny(*flags.split()).returncode == 0
     # 40 images in batches of 16 are 3 steps an epoch, so 4 in all
     rates, sizes = [pytest.approx(0.8 * (1 - step / 4)) for step in range(4)], (17, 17, 25, 32)
-    assert seen == [*zip(rates, sizes, sizes, (True, False, False, False), strict=True)]
+    assert seen == [*zip(rates, sizes, sizes, strict=True)]
     first, last = rows(folder := tmp_path / "experiments/run")
     assert [float(row["epoch"]) for row in (first, last)] == [1, 4 / 3]
     assert first["val_accuracy_tta"] == "" and 0 <= float(last["val_accuracy_tta"]) <= 1  # takes time, so once only
@@ -190,13 +192,11 @@ MISUSE = {  # flags: what the line says
     "--set widths=8,8,8,8": "at most 3 widths", "--set sizes=24:nan": "shares from 0 to 1",
     "--set widths=8,0": "--set widths=8,0 must be from 1",
     "--augment sideways": "--augment", "--recipe cake": "--recipe", "--colour": "--colour",
-    "--device abacus": "--device", "--device cuda": "--device cuda cannot be used: ",
+    "--device abacus": "--device", "--device cuda": "--device cuda cannot be used: PyTorch sees only cpu",
     "--name ../elsewhere": "--name", "--name ..\\elsewhere --resume": "--name", "--name=": "--name",
 }  # fmt: skip
 MALFORMED = "widths widths= label_smoothing=x muon=1 muon=True sizes=20 sizes=20:a cake=1 lr=1 tta= = held_out=.5"
-MISUSE |= {
-    f"--set {setting}": f"{setting}: no such setting or value; examples: widths=" for setting in MALFORMED.split()
-}
+MISUSE |= {f"--set {setting}": f"cannot read {setting}; examples: widths=" for setting in MALFORMED.split()}
 
 
 @pytest.mark.parametrize("flags, says", MISUSE.items(), ids=lambda text: text[:30])
@@ -450,12 +450,12 @@ def moments_of(tiny, cwd, *flags):
 @unix
 @pytest.mark.parametrize("recipe", ["baseline", "quick"])
 @pytest.mark.usefixtures("finished")  # so that all is imported before the moments are counted
-def test_a_killed_run_resumes_to_the_very_same_end(tiny, tmp_path, recipe, request):
+def test_a_killed_run_resumes_to_the_very_same_end(tiny, tmp_path, recipe):
     flags = ("--recipe", recipe, "--augment", "both", "--epochs", 3, "--name", "run", "--resume")
     (whole := tmp_path / "whole").mkdir()
     everywhere, saving = moments_of(tiny, whole, *flags)
     chance = random.Random(0)
-    for number in range(60 if request.config.getoption("--long") else 3):
+    for number in range(3):
         (cwd := tmp_path / str(number)).mkdir()
         folder = cwd / "experiments/run"
         # The first kill is anywhere or while something is saved; some are killed again after they have been resumed
@@ -481,7 +481,7 @@ def test_resume_starts_or_goes_on_says_which_and_clears_what_killed_writers_left
     assert outcome.returncode == 130 and "starts" in outcome.stdout.splitlines()[0]
     (folder / "checkpoint.pt.1-1.part").touch()
     outcome = tiny(*flags)
-    assert outcome.returncode == 0 and "goes on after step 3 of 9" in outcome.stdout.splitlines()[0]
+    assert outcome.returncode == 0 and "continues after step 3 of 9" in outcome.stdout.splitlines()[0]
     assert agree(whole, folder) and not list(folder.glob("*.part"))
     before = (folder / "checkpoint.pt").read_bytes()
     outcome = tiny(*flags)
@@ -495,7 +495,7 @@ def test_more_epochs_take_a_finished_run_to_what_a_longer_one_gives(copy, tiny, 
     interfere(train, "train_step", KeyboardInterrupt(), [4])  # in the fifth epoch
     assert tiny("--name", "run", "--resume", "--epochs", 5).returncode == 130
     outcome = tiny("--name", "run", "--resume")  # it is one of five epochs now
-    assert outcome.returncode == 0 and "goes on after step 12 of 15" in outcome.stdout
+    assert outcome.returncode == 0 and "continues after step 12 of 15" in outcome.stdout
     assert agree(whole, folder) and scalars(whole) == scalars(folder)
     first, further = config(folder)["command"].split(" && ")
     assert config(folder)["epochs"] == 5 and first.endswith("--epochs 3") and further.endswith("--resume --epochs 5")
@@ -541,22 +541,22 @@ def test_a_run_that_is_still_going_on_cannot_be_resumed_beside_it(copy, tiny, tm
 
 
 @pytest.mark.parametrize("change, flags, says", [
-    (None, "--lr 0.5", "--lr 0.001: leave that out"),
-    (None, "--recipe quick", "--recipe baseline: leave"),
-    (None, "--set tta=true", "--set tta=false: leave"),
-    (None, "--set widths=8,8", "--set widths=8,8,8: leave"),
-    (None, "--seed 1", "--seed 0: leave"),
-    (None, "--epochs 2", "--epochs 3.0: leave"),
+    (None, "--lr 0.5", "--lr 0.001: drop that flag"),
+    (None, "--recipe quick", "--recipe baseline: drop"),
+    (None, "--set tta=true", "--set tta=false: drop"),
+    (None, "--set widths=8,8", "--set widths=8,8,8: drop"),
+    (None, "--seed 1", "--seed 0: drop"),
+    (None, "--epochs 2", "--epochs 3.0: drop"),
     (lambda saved: saved["settings"].update(muon=True), "--epochs 4", "--epochs 3.0 and a schedule that depends on it"),
     # When its pictures grow depends on the epochs, and from the middle of an epoch it cannot go on
     (lambda saved: saved["settings"].update(sizes=((17, 0.5),)), "--epochs 4", "--epochs 3.0 and a schedule"),
-    (lambda saved: saved["rows"][-1].update(epoch=2.5), "--epochs 4", "--epochs 3.0: leave"),
+    (lambda saved: saved["rows"][-1].update(epoch=2.5), "--epochs 4", "--epochs 3.0: drop"),
     (lambda saved: saved["settings"].update(device="cuda"), "", "--device"),  # another may be named, see below
-    (lambda saved: saved["model"].update({"head.bias": torch.zeros(11)}), "", "checkpoint.pt does not fit"),
-    (lambda saved: saved["optimizer"].clear(), "", "checkpoint.pt does not fit"),
-    (lambda saved: saved.update(generator=torch.zeros(3)), "", "checkpoint.pt does not fit"),
-    (lambda saved: saved.update(format=1), "", "checkpoint.pt is no checkpoint of"),  # an older net
-    (lambda saved: saved.clear(), "", "checkpoint.pt is no checkpoint of"),
+    (lambda saved: saved["model"].update({"head.bias": torch.zeros(11)}), "", "does not fit this net and optimizer"),
+    (lambda saved: saved["optimizer"].clear(), "", "does not fit this net and optimizer"),
+    (lambda saved: saved.update(generator=torch.zeros(3)), "", "does not fit this net and optimizer"),
+    (lambda saved: saved.update(format=1), "", "cannot load "),  # an older net
+    (lambda saved: saved.clear(), "", "cannot load "),
 ])  # fmt: skip
 def test_what_contradicts_a_run_or_does_not_fit_is_refused_leaving_nothing(copy, tiny, tmp_path, change, flags, says):
     folder = copy(change)
