@@ -31,7 +31,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import data
-import network
 import train
 from loss import CrossEntropyLoss
 
