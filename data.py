@@ -111,7 +111,7 @@ def _fetch(root, folder):
             # A file is checked before it is put into place, whole: an interrupted download is never taken for data, and
             # two runs at once do no harm to each other.
             for name, raw in source(root):
-                write_file(folder / name, _check(raw, name))
+                write_file(folder / name, _check(raw, name), patience=10)
             (root / PART).unlink(missing_ok=True)
             return
         except DataError as problem:

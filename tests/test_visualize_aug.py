@@ -121,8 +121,10 @@ def test_what_cannot_be_read_or_written_gets_one_line(kind, tmp_path, monkeypatc
     if kind == "unwritable":
         output = tmp_path / "nowhere" / "out.png"
     outcome = run_script(visualize_aug.main, thing, "--output", output, cwd=tmp_path)
-    says = {"unwritable": f"cannot write {output}"} | dict.fromkeys(("text", "empty", "heic"), "to JPEG or PNG first")
-    says = says.get(kind, f"{thing} cannot be read")
+    says = {"unwritable": f"cannot write {output.as_posix()}"} | dict.fromkeys(
+        ("text", "empty", "heic"), "to JPEG or PNG first"
+    )
+    says = says.get(kind, f"{thing.as_posix()} cannot be read")
     assert says in complain(outcome, 1) and outcome.stderr.count("\n") == 1 and "Errno" not in outcome.stderr
     assert not output.exists()
 
