@@ -178,7 +178,7 @@ def write_tables(runs):
 # --------------------------------------------------------------------------------------------------------- pictures
 def save(figure, name):
     data.save_figure(figure, RESULTS / name, dpi=110)
-    print(f"results/{name}", flush=True)
+    print(f"wrote results/{name}", flush=True)
 
 
 def draw_network():
@@ -245,7 +245,7 @@ def draw_curves(runs):
     for name, shown in (("figure2.png", rates), ("figure4.png", best)):
         if all(folder in curves for folder in shown.values()):
             train.draw_curves(RESULTS / name, {label: curves[folder] for label, folder in shown.items()})
-            print(f"results/{name}", flush=True)
+            print(f"wrote results/{name}", flush=True)
         else:
             print(f"results/{name} is not drawn again: its runs are not in {REPORT}")
 
