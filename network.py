@@ -67,7 +67,7 @@ class ConvNet(nn.Module):
         variances, axes = torch.linalg.eigh(torch.cov(patches.T).cpu())  # MPS has no eigh
         filters = (axes / (variances + 5e-4).sqrt()).T.reshape(-1, 3, 2, 2)  # 5e-4: do not amplify pure noise
         self.stem.weight.copy_(torch.cat([filters, -filters]))
-        # SiLU drops most of what is below 0, so shift up. Trained biases end near 0.8, too, but their gradient is the
+        # SiLU drops most of what is below 0, so shift up. Trained biases are no better, and their gradient is the
         # costliest of all.
         self.stem.bias.fill_(0.8)
         self.stem.requires_grad_(False)
