@@ -40,9 +40,9 @@ def read(path):
         picture.thumbnail((SIZE, SIZE))
         picture = ImageOps.exif_transpose(picture)  # as the camera was held
         if picture.mode in ("I", "F"):  # 16 or 32 bits a pixel: scale to 8
-            pixels = np.asarray(picture, dtype=np.float64).clip(0, 65535 if deep else None)
+            pixels = np.asarray(picture, dtype=np.float64)
             white = 65535 if deep else max(1, pixels.max())
-            picture = Image.fromarray((pixels * (255 / white)).astype(np.uint8))
+            picture = Image.fromarray((pixels.clip(0, white) * (255 / white)).astype(np.uint8))
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None]

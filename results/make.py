@@ -45,7 +45,7 @@ TRICKS = {
     "small pictures first: `quick`": "--recipe quick",
     "flips and shifts": "--recipe quick --augment position",
 }
-LADDER = {"baseline": "--lr 1e-3"} | {name: f"--recipe {name}" for name in ("quick", "coffee", "lunch", "best")}
+LADDER = {"baseline": "--lr 1e-3"} | {name: f"--recipe {name}" for name in [*train.RECIPES][1:]}
 AUGMENTATIONS = {"none": "--lr 1e-3"} | {name: f"--lr 1e-3 --augment {name}" for name in data.AUGMENTATIONS[1:]}
 RATES = {rate: f"--lr {rate}" for rate in ("1e-3", "1e-4", "1e-5")}
 
