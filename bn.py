@@ -51,12 +51,12 @@ class BatchNorm:
         self._saved = None  # what backward needs of the last forward in training
 
     def train(self):
-        """Normalise with the statistics of each batch from now on. Returns self."""
+        """Normalize with the statistics of each batch from now on. Returns self."""
         self.training = True
         return self
 
     def eval(self):
-        """Normalise with the running statistics from now on (inference). Returns self."""
+        """Normalize with the running statistics from now on (inference). Returns self."""
         self.training = False
         return self
 
@@ -90,7 +90,7 @@ class BatchNorm:
         inv_std = (1 / np.sqrt(var + self.eps)).astype(x.dtype)
         scale = self.gamma.astype(x.dtype) * inv_std
         self._saved = centered, inv_std, scale  # before y is made, which can then reuse the memory of the last one
-        y = centered * scale  # normalise and scale in one product: going through the array is what takes the time
+        y = centered * scale  # normalize and scale in one product: going through the array is what takes the time
         y += self.beta.astype(x.dtype)
 
         mean = mean.astype(np.float64) + off

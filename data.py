@@ -233,8 +233,8 @@ def color(images, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0
     """(B, 3, H, W) -> the same shape and dtype, in [0, 1]: another light and other colors for each image.
 
     All four are affine maps of (R, G, B), so together they are one 3x3 matrix and one offset an image. Brightness b
-    scales; contrast c and saturation s blend with the image's mean grey and with each pixel's own grey; hue turns
-    colors about the grey axis by h full turns.
+    scales; contrast c and saturation s blend with the image's mean gray and with each pixel's own gray; hue turns
+    colors about the gray axis by h full turns.
 
     Args:
         images: (B, 3, H, W), floating point in [0, 1]; not modified.
@@ -250,16 +250,16 @@ def color(images, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0
 
     b, c, s, h = draw(1, brightness), draw(1, contrast), draw(1, saturation), draw(0, hue)
     eye = torch.eye(3, dtype=images.dtype, device=images.device)
-    third = torch.full_like(eye, 1 / 3)  # projects on the grey axis
+    third = torch.full_like(eye, 1 / 3)  # projects on the gray axis
     cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]).to(images) / math.sqrt(3)
-    luma = torch.tensor([0.299, 0.587, 0.114]).to(images).expand(3, 3)  # (R, G, B) -> its grey, three times (BT.601)
+    luma = torch.tensor([0.299, 0.587, 0.114]).to(images).expand(3, 3)  # (R, G, B) -> its gray, three times (BT.601)
 
     saturate = s * eye + (1 - s) * luma
     turn = third + torch.cos(2 * math.pi * h) * (eye - third) + torch.sin(2 * math.pi * h) * cross  # Rodrigues
     pixels = images.flatten(2)
-    mean_grey = luma[:1] @ pixels.mean(2, keepdim=True)  # (B, 1, 1)
-    # What contrast adds is grey, and greys pass through the other two unchanged: the rows of their matrices sum to 1.
-    mixed = torch.baddbmm((1 - c) * b * mean_grey, turn @ saturate * (c * b), pixels)
+    mean_gray = luma[:1] @ pixels.mean(2, keepdim=True)  # (B, 1, 1)
+    # What contrast adds is gray, and grays pass through the other two unchanged: the rows of their matrices sum to 1.
+    mixed = torch.baddbmm((1 - c) * b * mean_gray, turn @ saturate * (c * b), pixels)
     return mixed.clamp_(0, 1).view_as(images)
 
 
@@ -320,7 +320,7 @@ class Loader:
             fresh draws would leave that to chance (K. Jordan, arXiv:2404.00498, section 3.6).
 
     Yields:
-        float32 (B, 3, H, W) normalised images and int64 (B,) labels; every image once an epoch.
+        float32 (B, 3, H, W) normalized images and int64 (B,) labels; every image once an epoch.
     """
 
     def __init__(self, images, labels, batch_size, augment, generator):

@@ -86,7 +86,7 @@ def cross_entropy(samples, smoothing):
 
 
 def data_share(recipe, steps=6):
-    """The share of an epoch's time that goes into shuffling, augmenting, resizing and normalising."""
+    """The share of an epoch's time that goes into shuffling, augmenting, resizing and normalizing."""
     settings = {**train.RECIPES[recipe], "seed": 0}
     train_set, _ = data.load_cifar10(ROOT / "datasets")
     model, optimizer = train.build(settings, data.normalize(data.to_float(train_set[0][:2000])))

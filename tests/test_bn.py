@@ -105,7 +105,7 @@ def test_float32_of_any_size_is_close_to_the_definition_in_float64(batch, channe
     np.testing.assert_allclose(layer.running_var, unbiased, rtol=tolerance, atol=(tolerance * spread) ** 2 + 1e-36)
 
 
-def test_data_far_from_zero_is_still_normalised():
+def test_data_far_from_zero_is_still_normalized():
     spread = np.random.default_rng(0).normal(size=(5000, 4))
     y = bn.BatchNorm(4, eps=0).forward(spread + 1e8)
     np.testing.assert_allclose(y.mean(0), 0, atol=1e-12)

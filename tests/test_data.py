@@ -405,7 +405,7 @@ def test_color_agrees_with_torchvision_and_a_third_of_a_turn_permutes_the_channe
         expected = reference.adjust_brightness(image, 1 + share * 0.2)
         expected = reference.adjust_contrast(expected, 1 + share * 0.3)
         expected = reference.adjust_saturation(expected, 1 + share * 0.4)
-        close(output, expected[channels], atol=5e-4)  # torchvision's grey is rounded to 0.2989 R
+        close(output, expected[channels], atol=5e-4)  # torchvision's gray is rounded to 0.2989 R
 
 
 def test_color_draws_for_each_image_alone():
@@ -438,9 +438,9 @@ def test_everything_stays_on_the_device_of_the_images():
 
 @given(count=st.integers(1, 200), batch_size=st.integers(1, 220), augment=st.sampled_from(AUGMENTATIONS), seed=seeds)
 def test_epoch_has_each_image_once_with_its_own_label(count, batch_size, augment, seed):
-    greys = torch.tensor([10, 25, 63, 158], dtype=torch.uint8)  # brightness, 0.6 to 1.4 times, mixes no two of them
+    grays = torch.tensor([10, 25, 63, 158], dtype=torch.uint8)  # brightness, 0.6 to 1.4 times, mixes no two of them
     kinds = torch.randint(4, (count,), generator=seeded(seed))
-    images = greys[kinds].view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
+    images = grays[kinds].view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
     loader = data.Loader(images, torch.arange(count), batch_size, augment, seeded(seed))
     batches = list(loader)
     assert len(loader) == len(batches)
@@ -501,7 +501,7 @@ def test_resize_takes_the_mean_of_the_area_and_costs_nothing_where_the_size_is_t
     assert data.resize(images, 32) is images
 
 
-def test_batches_are_normalised_float32_channels_last_and_shuffled():
+def test_batches_are_normalized_float32_channels_last_and_shuffled():
     images, labels = NOISE[:10], torch.arange(10)
     ((batch, own),) = data.Loader(images, labels, 10, "none", seeded())
     close(batch, (images[own] / 255 - MEAN) / STD, atol=1e-5)

@@ -31,7 +31,7 @@ def test_every_kind_of_picture(name, tmp_path):
     images = visualize_aug.read(path)
     assert images.shape == (1, 3, 40, 60) and images.dtype == torch.uint8
     row = images[0, :, 20].float()
-    assert (row.amax(0) - row.amin(0)).max() < 12  # still grey,
+    assert (row.amax(0) - row.amin(0)).max() < 12  # still gray,
     assert row[0, :5].mean() < 30 and row[0, -5:].mean() > 225  # dark on the left, light on the right
     outcome = run_script(visualize_aug.main, path, "--output", "out.png", cwd=tmp_path)
     assert (outcome.returncode, outcome.stderr) == (0, "")
