@@ -74,7 +74,7 @@ LIMITS = {  # of smaller pictures than 17 x 17, three groups of layers leave one
     "lr": (1e-30, 1e30), "epochs": (1e-6, 1e6), "batch_size": (2, 50_000), "seed": (0, 2**63 - 1),
     "widths": (1, 4096), "sizes": (17, 64), "label_smoothing": (0, 1), "held_out": (0, 49_998),
 }  # fmt: skip
-FORMAT = 4  # of checkpoint.pt: raise it when you change the net, the optimizer or what is saved
+FORMAT = 3  # of checkpoint.pt: raise it when you change the net, the optimizer or what is saved
 COLUMNS = ("epoch", "step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 # TensorBoard's tags (a chart each, with all runs in it), and the column that each shows
 TRAINING_TAGS = {"loss/train": "train_loss", "accuracy/train": "train_accuracy", "learning_rate": "learning_rate"}
@@ -370,7 +370,7 @@ def run(args):
         raise UsageError(f"{folder} is in use: another process is training that run") from None
     with lock:
         start = time.perf_counter()  # making the net counts as training time
-        model, optimizer = build(settings, data.normalize(data.to_float(train_set[0][:500])))
+        model, optimizer = build(settings, data.normalize(data.to_float(train_set[0][:2000])))
         generator = torch.Generator().manual_seed(settings["seed"])
         loader = data.Loader(*train_set, settings["batch_size"], settings["augment"], generator)
         steps = max(1, round(settings["epochs"] * len(loader)))

@@ -45,14 +45,14 @@ def test_the_net_is_that_of_its_docstring_and_every_parameter_learns():
     expected = F.adaptive_max_pool2d(x, 1).flatten(1) @ model.head.weight.T + model.head.bias
     logits = model(images)
     torch.testing.assert_close(logits, expected)
-    assert shapes == [(16, 31, 31), (32, 15, 15), (64, 7, 7), (128, 3, 3)]
+    assert shapes == [(24, 31, 31), (32, 15, 15), (64, 7, 7), (128, 3, 3)]
     for shape in shapes:
         assert "(B, {:>3}, {:>2}, {:>2})".format(*shape) in network.ConvNet.__doc__
     F.cross_entropy(logits, torch.arange(4)).backward()
     assert all(parameter.grad.any() for parameter in model.parameters())
-    stem, head = 3 * 2 * 2 * 16 + 16, 128 * 10 + 10
-    groups = sum(9 * a * b + 9 * b * b + 2 * (b + b) for a, b in [(16, 32), (32, 64), (64, 128)])  # no biases; 2 norms
-    assert sum(parameter.numel() for parameter in model.parameters()) == stem + groups + head == 292_698
+    stem, head = 3 * 2 * 2 * 24 + 24, 128 * 10 + 10
+    groups = sum(9 * a * b + 9 * b * b + 2 * (b + b) for a, b in [(24, 32), (32, 64), (64, 128)])  # no biases; 2 norms
+    assert sum(parameter.numel() for parameter in model.parameters()) == stem + groups + head == 295_106
 
 
 @pytest.mark.parametrize("widths", [(32, 64, 128), (8, 8, 8), (5, 12), (4,)])
@@ -71,12 +71,11 @@ def test_whitened_stem_decorrelates(contrast):
     model, images = net(), contrast * correlated(200)
     patches = torch.cat([images[:, :, y : y + 11, x : x + 11] for y in (0, 1) for x in (0, 1)], dim=1)
     variances = np.linalg.eigvalsh(covariance(patches))
-    variances = variances[4:]  # the largest eight
     assert variances[-1] > 10 * variances[0]  # there is something to whiten
     model.whiten(images)
     outputs = model.stem(images)
-    np.testing.assert_allclose(covariance(outputs[:, :8]), np.diag(variances / (variances + 5e-4)), atol=2e-3)
-    torch.testing.assert_close(outputs[:, 8:] - 0.8, 0.8 - outputs[:, :8], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(covariance(outputs[:, :12]), np.diag(variances / (variances + 5e-4)), atol=2e-3)
+    torch.testing.assert_close(outputs[:, 12:] - 0.8, 0.8 - outputs[:, :12], rtol=0, atol=1e-5)
 
 
 def build(**tricks):
@@ -105,9 +104,9 @@ def test_with_tricks_build_whitens_passes_through_fixes_scales_and_gives_muon():
     assert all((layer.weight == 1).all() and layer.momentum == 0.2 for layer in norms.values())
     assert not model.head.bias.any()
     assert model.head.weight.std().item() == pytest.approx(1 / 20, rel=0.2)
-    assert torch.equal(model.stem.weight[8:], -model.stem.weight[:8])
+    assert torch.equal(model.stem.weight[12:], -model.stem.weight[:12])
     (first, second, third), x = (group[0] for group in model.groups), noise(2, 24, 8, 8)
-    assert torch.equal(first(x[:, :16])[:, :16], x[:, :16])
+    assert torch.equal(first(x), x)
     assert torch.equal(second(x)[:, :24], x) and second(x)[:, 24:].std() > 0.1  # the other filters stay random
     assert torch.equal(third(second(x)), second(x)[:, :20])
     assert (muon.lr, muon.batch_size, len(muon.state_dict()["velocities"])) == (0.1, 20, 13)
