@@ -167,6 +167,12 @@ def build(settings, images):
     return model, torch.optim.Adam(model.parameters(), lr=settings["lr"])
 
 
+def forward(model, images, precision):
+    """The logits (B, 10) of normalized images, float32 whatever the precision they are computed in."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return model(images).float()
+
+
 def train_step(model, optimizer, criterion, images, labels, precision):
     """One step of gradient descent. Returns the logits (B, 10), and the loss that was minimized as a float.
 
@@ -178,9 +184,7 @@ def train_step(model, optimizer, criterion, images, labels, precision):
     count = math.ceil(len(images) / 250)
     logits, loss = [], 0
     for part, targets in zip(images.chunk(count), labels.chunk(count), strict=True):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            outputs = model(part)
-        outputs = outputs.float()
+        outputs = forward(model, part, precision)
         weighted = criterion(outputs, targets) * (len(targets) / len(labels))
         weighted.backward()
         logits.append(outputs.detach())

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 from loss import CrossEntropyLoss
-from network import ConvNet, UsageError, build, choose_precision, find_device, train_step
+from network import ConvNet, UsageError, build, choose_precision, find_device, forward, train_step
 
 # A recipe is a set of defaults. lr, epochs, batch_size and augment have flags, --set sets the others:
 #   widths           channels of the net's three groups of layers: wider nets learn more and cost more
@@ -188,23 +188,22 @@ def evaluate(model, images, labels, precision, tta=False):
     """Loss, accuracy and, with `tta`, accuracy with test-time augmentation (else None), in evaluation mode."""
 
     def predict(images, views):
-        logits = []
-        for part in images.split(250):
-            inputs = data.normalize(data.to_float(part))
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits.append(sum(weight * model(view).float() for view, weight in views(inputs)))
-        return torch.cat(logits)
+        parts = (data.normalize(data.to_float(part)) for part in images.split(250))
+        return torch.cat([sum(w * forward(model, view, precision) for view, w in views(part)) for part in parts])
+
+    def measure_accuracy():
+        return (logits.argmax(1) == labels).sum().item() / len(labels)
 
     model.eval()
-    logits = predict(images, lambda inputs: [(inputs, 1)])
-    averaged = logits.clone()
+    logits = predict(images, lambda part: [(part, 1)])
+    loss = CrossEntropyLoss()(logits, labels).item()
+    accuracy, accuracy_tta = measure_accuracy(), None
     if tta:  # only the images it is least sure of: other answers hardly ever change (Hiverge's speed-run, 2025)
         unsure = logits.softmax(1).amax(1).argsort()[: math.ceil(len(labels) / 4)]
-        averaged[unsure] = predict(images[unsure], data.views)
+        logits[unsure] = predict(images[unsure], data.views)
+        accuracy_tta = measure_accuracy()
     model.train()
-    loss = CrossEntropyLoss()(logits, labels).item()
-    accuracy, accuracy_tta = ((each.argmax(1) == labels).sum().item() / len(labels) for each in (logits, averaged))
-    return loss, accuracy, accuracy_tta if tta else None
+    return loss, accuracy, accuracy_tta
 
 
 def load(folder):
