@@ -8,15 +8,37 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def group(inputs, outputs):
+class MirrorConv2d(nn.Conv2d):
+    """A convolution that treats an image and its mirror image alike: what it learns from one, it knows of the other.
+
+    Mirror its input, and its output is mirrored too, with the channels in the order of `mirror_channels`. For this, two
+    channels that swap have filters that are mirror images of each other, and one that stays has symmetric filters.
+    (T. Cohen and M. Welling, "Group Equivariant Convolutional Networks", 2016, for the group of two elements.)
+    """
+
+    def forward(self, images):
+        """(B, C, H, W) -> (B, outputs, H, W), with numbers of channels that 4 divides."""
+        outputs, inputs = (mirror_channels(count).to(images.device) for count in self.weight.shape[:2])
+        mirrored = self.weight.index_select(0, outputs).index_select(1, inputs).flip(3)
+        return self._conv_forward(images, (self.weight + mirrored) / 2, None)
+
+
+def mirror_channels(count):
+    """(count,): in which order a mirrored image has its channels. Of each four, the second and the last swap."""
+    return torch.arange(count).view(-1, 4)[:, [0, 3, 2, 1]].flatten()
+
+
+def group(inputs, outputs, mirror):
     """(B, inputs, H, W) -> (B, outputs, H // 2, W // 2)
 
     Pooling comes straight after the first convolution: batch norm, SiLU and the second convolution then work on a
     quarter of the pixels. The convolutions have no bias, as the batch norm behind them has one (beta).
     """
+    # Overlapping windows of 3x3 cover an odd picture from edge to edge, so mirroring the picture does not shift them
+    conv, pool = (MirrorConv2d, nn.MaxPool2d(3, stride=2)) if mirror else (nn.Conv2d, nn.MaxPool2d(2))
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.SiLU(),
-        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.SiLU(),
+        conv(inputs, outputs, 3, padding=1, bias=False), pool, nn.BatchNorm2d(outputs), nn.SiLU(),
+        conv(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.SiLU(),
     )  # fmt: skip
 
 
@@ -34,18 +56,23 @@ class ConvNet(nn.Module):
 
     Args:
         widths: channels of each group; the convolutions of a group with C channels cost about C * C.
+        mirror: treat an image and its mirror image alike, by MirrorConv2d. 4 must divide the widths, and the stem must
+            come from `whiten`.
     """
 
-    def __init__(self, widths=(32, 64, 128)):
+    def __init__(self, widths=(32, 64, 128), mirror=False):
         super().__init__()
         channels = (24, *widths)
         self.stem = nn.Conv2d(3, channels[0], kernel_size=2)
-        self.groups = nn.Sequential(*(group(*pair) for pair in zip(channels, widths, strict=False)))
+        self.groups = nn.Sequential(*(group(*pair, mirror) for pair in zip(channels, widths, strict=False)))
         self.head = nn.Linear(widths[-1], 10)
+        self.mirror = mirror
 
     def forward(self, images):
-        features = self.groups(F.silu(self.stem(images)))
-        return self.head(features.amax(dim=(2, 3)))
+        features = self.groups(F.silu(self.stem(images))).amax(dim=(2, 3))
+        if self.mirror:  # the mean of what it sees in an image and in its mirror image
+            features = (features + features[:, mirror_channels(features.shape[1])]) / 2
+        return self.head(features)
 
     @torch.no_grad()
     def whiten(self, images):
@@ -53,7 +80,8 @@ class ConvNet(nn.Module):
 
         Neighboring pixels are nearly equal, so a filter sees almost the same number four times; with the patches
         rotated to their principal axes and scaled to equal variance, the net learns faster from the first step on.
-        There are 12 such filters. Their negatives are added, as SiLU drops most of a negative output.
+        There are 12 such filters. As photographs are as likely as their mirror images, 6 are symmetric, and mirroring
+        changes only the sign of the others. Their negatives are added, as SiLU drops most of a negative output.
 
         The first filters of each 3x3 convolution start as the identity of its input channels. So the image and the
         gradients pass every layer from the first step on; random filters would blur both a little more in each layer
@@ -62,11 +90,14 @@ class ConvNet(nn.Module):
         Args:
             images: (N, 3, H, W) normalized images, a sample of the training set (a few thousand are plenty).
         """
+        images = torch.cat([images, images.flip(3)])
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1)  # (N, 3, H - 1, W - 1, 2, 2)
         patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
         variances, axes = torch.linalg.eigh(torch.cov(patches.T).cpu())  # MPS has no eigh
         filters = (axes / (variances + 5e-4).sqrt()).T.reshape(-1, 3, 2, 2)  # 5e-4: do not amplify pure noise
-        self.stem.weight.copy_(torch.cat([filters, -filters]))
+        symmetry = (filters * filters.flip(3)).sum((1, 2, 3))  # positive or negative
+        even, odd = filters[symmetry.argsort(descending=True)].chunk(2)
+        self.stem.weight.copy_(torch.stack([even, odd, -even, -odd], dim=1).flatten(0, 1))  # as mirror_channels has it
         # SiLU drops most of what is below 0, so shift up. Trained biases are no better, and their gradient is the
         # costliest of all.
         self.stem.bias.fill_(0.8)
@@ -158,7 +189,7 @@ def build(settings, images):
     """
     torch.manual_seed(settings["seed"])
     # Channels last: the CPU's convolutions are 1.4 to 2 times as fast with an image's channels next to each other.
-    model = ConvNet(settings["widths"]).to(images.device, memory_format=torch.channels_last)
+    model = ConvNet(settings["widths"], settings["mirror"]).to(images.device, memory_format=torch.channels_last)
     if settings["whiten"]:
         model.whiten(images)
     if settings["muon"]:

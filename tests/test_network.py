@@ -69,17 +69,56 @@ def test_every_image_has_a_logit_for_each_class_that_depends_on_no_other_image_i
 @pytest.mark.parametrize("contrast", [1, 0.01])  # little contrast is amplified less
 def test_whitened_stem_decorrelates(contrast):
     model, images = net(), contrast * correlated(200)
+    model.whiten(images)
+    images = torch.cat([images, images.flip(3)])  # it takes mirror images for just as likely
     patches = torch.cat([images[:, :, y : y + 11, x : x + 11] for y in (0, 1) for x in (0, 1)], dim=1)
     variances = np.linalg.eigvalsh(covariance(patches))
     assert variances[-1] > 10 * variances[0]  # there is something to whiten
-    model.whiten(images)
     outputs = model.stem(images)
-    np.testing.assert_allclose(covariance(outputs[:, :12]), np.diag(variances / (variances + 5e-4)), atol=2e-3)
-    torch.testing.assert_close(outputs[:, 12:] - 0.8, 0.8 - outputs[:, :12], rtol=0, atol=1e-5)
+    even, odd, not_even, not_odd = (outputs[:, first::4] for first in range(4))
+    cov = covariance(torch.cat([even, odd], 1))
+    expected = variances / (variances + 5e-4)
+    np.testing.assert_allclose(sorted(np.diag(cov)), sorted(expected), atol=2e-3)
+    np.testing.assert_allclose(cov, np.diag(np.diag(cov)), atol=2e-3)
+    torch.testing.assert_close(not_even - 0.8, 0.8 - even, rtol=0, atol=1e-5)
+    torch.testing.assert_close(not_odd - 0.8, 0.8 - odd, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.stem(images.flip(3))[:, [0, 3, 2, 1]], outputs.flip(3)[:, :4], rtol=0, atol=1e-3)
+
+
+def test_mirror_convolution_of_a_mirrored_image_is_the_mirrored_one_with_swapped_channels():
+    torch.manual_seed(0)
+    layer, images = network.MirrorConv2d(8, 12, 3, padding=1, bias=False).double(), noise(2, 8, 5, 7).double()
+    outputs = layer(images)
+    swapped = [[4 * (c // 4) + (0, 3, 2, 1)[c % 4] for c in range(count)] for count in (8, 12)]
+    assert all(network.mirror_channels(len(order)).tolist() == order for order in swapped)
+    torch.testing.assert_close(layer(images[:, swapped[0]].flip(3)), outputs[:, swapped[1]].flip(3))
+    for c in range(12):
+        for d in range(8):
+            other = layer.weight[swapped[1][c], swapped[0][d]].flip(1)
+            filters = (layer.weight[c, d] + other) / 2
+            one = torch.zeros(1, 8, 3, 3).double()
+            one[0, d, 1, 1] = 1  # the answer to a single pixel is the filter, turned by half a turn
+            torch.testing.assert_close(layer(one)[0, c], filters.flip(0, 1))
+
+
+@pytest.mark.parametrize("size", [32, 24])
+def test_a_mirror_net_gives_an_image_and_its_mirror_image_the_same_logits_and_another_net_does_not(size):
+    images = noise(6, 3, size, size)
+    for mirror in (True, False):
+        model, _ = build(widths=(24, 32, 20), whiten=True, muon=True, mirror=mirror)
+        torch.nn.init.normal_(model.head.weight)
+        for layer in model.modules():
+            if isinstance(layer, network.MirrorConv2d):
+                torch.nn.init.normal_(layer.weight)  # whatever it learns
+        logits = model.eval()(images)
+        assert logits.std(0).min() > 0.01
+        difference = (model(images.flip(3)) - logits).abs().max() / logits.std()
+        assert difference < 1e-2 if mirror else difference > 0.1
 
 
 def build(**tricks):
     settings = {"seed": 3, "widths": (24, 30, 20), "lr": 0.1, "batch_size": 20, "whiten": False, "muon": False}
+    settings |= {"mirror": False}
     return network.build(settings | tricks, correlated(20))
 
 
@@ -104,7 +143,7 @@ def test_with_tricks_build_whitens_passes_through_fixes_scales_and_gives_muon():
     assert all((layer.weight == 1).all() and layer.momentum == 0.2 for layer in norms.values())
     assert not model.head.bias.any()
     assert model.head.weight.std().item() == pytest.approx(1 / 20, rel=0.2)
-    assert torch.equal(model.stem.weight[12:], -model.stem.weight[:12])
+    assert torch.equal(model.stem.weight[2::4], -model.stem.weight[::4])
     (first, second, third), x = (group[0] for group in model.groups), noise(2, 24, 8, 8)
     assert torch.equal(first(x), x)
     assert torch.equal(second(x)[:, :24], x) and second(x)[:, 24:].std() > 0.1  # the other filters stay random

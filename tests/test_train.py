@@ -164,12 +164,12 @@ def test_held_out_trains_on_the_rest_and_validates_on_the_last_training_images(t
 
 # ---------------------------------------------------------------------------------------------------------- settings
 def test_set_sets_what_has_no_flag_and_is_part_of_name_config_and_table(tiny, tmp_path):
-    given = "widths=8,12 muon=true whiten=true sizes=20:0.2,24:0.6 label_smoothing=0.1 tta=true"
+    given = "widths=8,12 muon=true mirror=true whiten=true sizes=20:0.2,24:0.6 label_smoothing=0.1 tta=true"
     flags = "--epochs 1 --lr 0.1 --set " + given.replace(" ", " --set ")
     assert tiny(*flags.split()).returncode == 0
     folder = next((tmp_path / "experiments").glob("*/checkpoint.pt")).parent
     assert folder.name == (
-        "baseline-lr0.1-none-widths=8,12-whiten=true-muon=true-tta=true-sizes=20,0.2,24,0.6-label_smoothing=0.1-seed0"
+        "baseline-lr0.1-none-widths=8,12-whiten=true-mirror=true-muon=true-tta=true-sizes=20,0.2,24,0.6-label_smoothing=0.1-seed0"
     )
     expected = {"widths": [8, 12], "muon": True, "sizes": [[20, 0.2], [24, 0.6]], "label_smoothing": 0.1, "tta": True}
     assert config(folder).items() >= expected.items()
@@ -190,6 +190,7 @@ MISUSE = {  # flags: what the line says
     "--set sizes=24:0.5,16:0.6": "--set sizes=24:0.5,16:0.6 must be from 17 to 64",
     "--set widths=8,8,8,8": "at most 3 widths", "--set sizes=24:nan": "shares from 0 to 1",
     "--set widths=8,0": "--set widths=8,0 must be from 1",
+    "--set mirror=true": "needs whiten=true", "--recipe quick --set widths=8,6": "widths that can be divided by 4",
     "--augment sideways": "--augment", "--recipe cake": "--recipe", "--colour": "--colour",
     "--device abacus": "--device", "--device cuda": "--device cuda cannot be used: PyTorch sees only cpu",
     "--name ../elsewhere": "--name", "--name ..\\elsewhere --resume": "--name", "--name=": "--name",
