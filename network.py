@@ -18,14 +18,14 @@ class MirrorConv2d(nn.Conv2d):
 
     def forward(self, images):
         """(B, C, H, W) -> (B, outputs, H, W), with numbers of channels that 4 divides."""
-        outputs, inputs = (mirror_channels(count).to(images.device) for count in self.weight.shape[:2])
-        mirrored = self.weight.index_select(0, outputs).index_select(1, inputs).flip(3)
+        mirrored = mirror_channels(mirror_channels(self.weight, 0), 1).flip(3)
         return self._conv_forward(images, (self.weight + mirrored) / 2, None)
 
 
-def mirror_channels(count):
-    """(count,): in which order a mirrored image has its channels. Of each four, the second and the last swap."""
-    return torch.arange(count).view(-1, 4)[:, [0, 3, 2, 1]].flatten()
+def mirror_channels(tensor, dim):
+    """The channels along `dim` in the order that a mirrored image has them in: of each four, 2 and 4 swap."""
+    order = torch.arange(tensor.shape[dim], device=tensor.device).view(-1, 4)[:, [0, 3, 2, 1]]
+    return tensor.index_select(dim, order.flatten())
 
 
 def group(inputs, outputs, mirror):
@@ -71,7 +71,7 @@ class ConvNet(nn.Module):
     def forward(self, images):
         features = self.groups(F.silu(self.stem(images))).amax(dim=(2, 3))
         if self.mirror:  # the mean of what it sees in an image and in its mirror image
-            features = (features + features[:, mirror_channels(features.shape[1])]) / 2
+            features = (features + mirror_channels(features, 1)) / 2
         return self.head(features)
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class ConvNet(nn.Module):
         (K. Jordan, arXiv:2404.00498, section 3.3).
 
         Args:
-            images: (N, 3, H, W) normalized images, a sample of the training set (a few thousand are plenty).
+            images: (N, 3, H, W) normalized images, a sample of the training set (a thousand are plenty).
         """
         images = torch.cat([images, images.flip(3)])
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1)  # (N, 3, H - 1, W - 1, 2, 2)

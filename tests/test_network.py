@@ -90,7 +90,7 @@ def test_mirror_convolution_of_a_mirrored_image_is_the_mirrored_one_with_swapped
     layer, images = network.MirrorConv2d(8, 12, 3, padding=1, bias=False).double(), noise(2, 8, 5, 7).double()
     outputs = layer(images)
     swapped = [[4 * (c // 4) + (0, 3, 2, 1)[c % 4] for c in range(count)] for count in (8, 12)]
-    assert all(network.mirror_channels(len(order)).tolist() == order for order in swapped)
+    assert all(network.mirror_channels(torch.arange(len(order)), 0).tolist() == order for order in swapped)
     torch.testing.assert_close(layer(images[:, swapped[0]].flip(3)), outputs[:, swapped[1]].flip(3))
     for c in range(12):
         for d in range(8):
@@ -117,8 +117,8 @@ def test_a_mirror_net_gives_an_image_and_its_mirror_image_the_same_logits_and_an
 
 
 def build(**tricks):
-    settings = {"seed": 3, "widths": (24, 30, 20), "lr": 0.1, "batch_size": 20, "whiten": False, "muon": False}
-    settings |= {"mirror": False}
+    settings = {"seed": 3, "widths": (24, 30, 20), "lr": 0.1, "batch_size": 20}
+    settings |= {"whiten": False, "mirror": False, "muon": False}
     return network.build(settings | tricks, correlated(20))
 
 
