@@ -98,7 +98,7 @@ def make_parser():
 
     parser = argparse.ArgumentParser(usage="python train.py [options]", description="Train a CNN on CIFAR-10.")
     add = parser.add_argument
-    ladder = "baseline 81.3%% in 120 s, quick 77.1%% in 6, coffee 89.8%% in 87, lunch 92.2%% in 260, best 93.3%% in 552"
+    ladder = "baseline 81.3%% in 120 s, quick 77.1%% in 6, coffee 89.8%% in 87, lunch 92.2%% in 260, best 93.2%% in 546"
     add("--recipe", choices=RECIPES, help=f"set of defaults; on two cores {ladder} (default: baseline)")
     add("--lr", type=float, help=f"learning rate {by_recipe('lr')}")
     add("--epochs", type=float, metavar="N", help=f"passes over the training set, or a fraction {by_recipe('epochs')}")
@@ -145,9 +145,8 @@ def choose_settings(args):
         raise UsageError("--set takes at most 3 widths (a fourth group leaves one pixel), and shares from 0 to 1")
     if settings["mirror"] and (not settings["whiten"] or any(width % 4 for width in settings["widths"])):
         raise UsageError("--set mirror=true needs whiten=true, and widths that can be divided by 4")
-    settings["device"] = find_device(settings["device"])
-    settings["precision"] = choose_precision(settings["device"])
-    return settings
+    device = find_device(settings["device"])
+    return settings | {"device": device, "precision": choose_precision(device)}
 
 
 # -------------------------------------------------------------------------------------------- one epoch of training
@@ -263,9 +262,8 @@ class Events:
                 values = {k: str(v) if isinstance(v, tuple) else v for k, v in self.settings.items()}
                 for summary in hparams(values, dict.fromkeys([*TRAINING_TAGS, *VALIDATION_TAGS], 0)):
                     writer.write_event(Event(wall_time=time.time(), summary=summary))
-            new = (TRAINING_TAGS, points[self.written[0] :]), (VALIDATION_TAGS, rows[self.written[1] :])
-            for tags, measured in new:
-                for (tag, column), one in itertools.product(tags.items(), measured):
+            for tags, new in ((TRAINING_TAGS, points[self.written[0] :]), (VALIDATION_TAGS, rows[self.written[1] :])):
+                for (tag, column), one in itertools.product(tags.items(), new):
                     writer.write_event(Event(wall_time=one["time"], step=one["step"], summary=scalar(tag, one[column])))
             writer.flush()
             self.writer, self.written = writer, (len(points), len(rows))

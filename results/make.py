@@ -55,7 +55,7 @@ STUDIES = {
     "rates": dict(zip(RATES.values(), (3, 1, 1), strict=True)),
     "tricks": dict.fromkeys(TRICKS.values(), 3),
     "augmentation": dict.fromkeys(AUGMENTATIONS.values(), 3),
-    "speed": dict(zip(LADDER.values(), (3, 10, 3, 3, 3), strict=True)),
+    "speed": dict(zip(LADDER.values(), (3, 10, 3, 3, 5), strict=True)),
 }
 
 
