@@ -41,7 +41,7 @@ from network import ConvNet, UsageError, build, choose_precision, find_device, f
 #   sizes            (size, share) pairs: shrink the pictures to that size until that share of the steps is done. They
 #                    are enough to learn the coarse shapes, which come first, and cost a fraction of the arithmetic.
 #   whiten           start from computed weights (network.ConvNet.whiten)
-#   mirror           treat an image and its mirror image alike (network.MirrorConv2d): learn from both at no cost
+#   mirror           treat an image and its mirror image alike (network.MirrorConv2d): learn from both at once
 #   muon             optimize by network.Muon, with steps that shrink to 0; false: by Adam at a constant rate
 #   label_smoothing  spread this share of each target over all classes (loss.CrossEntropyLoss)
 #   tta              at the end, also measure the accuracy with test-time augmentation (data.views)
