@@ -8,24 +8,22 @@ from torch import nn
 from torch.nn import functional as F
 
 
-class MirrorConv2d(nn.Conv2d):
-    """A convolution that treats an image and its mirror image alike: what it learns from one, it knows of the other.
-
-    Mirror its input, and its output is mirrored too, with the channels in the order of `mirror_channels`. For this, two
-    channels that swap have filters that are mirror images of each other, and one that stays has symmetric filters.
-    (T. Cohen and M. Welling, "Group Equivariant Convolutional Networks", 2016, for the group of two elements.)
-    """
-
-    def forward(self, images):
-        """(B, C, H, W) -> (B, outputs, H, W), with numbers of channels that 4 divides."""
-        mirrored = mirror_channels(mirror_channels(self.weight, 0), 1).flip(3)
-        return self._conv_forward(images, (self.weight + mirrored) / 2, None)
-
-
 def mirror_channels(tensor, dim):
     """The channels along `dim` in the order that a mirrored image has them in: of each four, 2 and 4 swap."""
     order = torch.arange(tensor.shape[dim], device=tensor.device).view(-1, 4)[:, [0, 3, 2, 1]]
     return tensor.index_select(dim, order.flatten())
+
+
+@torch.no_grad()
+def symmetrize(filters):
+    """Make filters (outputs, inputs, 3, 3) treat an image and its mirror image alike: the mean of both, in place.
+
+    Mirror the input of such a convolution, and its output is mirrored too, with the channels in the order of
+    `mirror_channels`. So what a net learns from an image, it knows of its mirror image. Two channels that swap have
+    filters that are mirror images of each other, and one that stays has symmetric filters.
+    (T. Cohen and M. Welling, "Group Equivariant Convolutional Networks", 2016, for the group of two elements.)
+    """
+    filters.add_(mirror_channels(mirror_channels(filters, 0), 1).flip(3)).div_(2)
 
 
 def group(inputs, outputs, mirror):
@@ -35,10 +33,10 @@ def group(inputs, outputs, mirror):
     quarter of the pixels. The convolutions have no bias, as the batch norm behind them has one (beta).
     """
     # Overlapping windows of 3x3 cover an odd picture from edge to edge, so mirroring the picture does not shift them
-    conv, pool = (MirrorConv2d, nn.MaxPool2d(3, stride=2)) if mirror else (nn.Conv2d, nn.MaxPool2d(2))
+    pool = nn.MaxPool2d(3, stride=2) if mirror else nn.MaxPool2d(2)
     return nn.Sequential(
-        conv(inputs, outputs, 3, padding=1, bias=False), pool, nn.BatchNorm2d(outputs), nn.SiLU(),
-        conv(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.SiLU(),
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), pool, nn.BatchNorm2d(outputs), nn.SiLU(),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.SiLU(),
     )  # fmt: skip
 
 
@@ -56,8 +54,8 @@ class ConvNet(nn.Module):
 
     Args:
         widths: channels of each group; the convolutions of a group with C channels cost about C * C.
-        mirror: treat an image and its mirror image alike, by MirrorConv2d. 4 must divide the widths, and the stem must
-            come from `whiten`.
+        mirror: the convolutions treat an image and its mirror image alike (see `symmetrize`). 4 must divide the widths,
+            and the net must start from `whiten`.
     """
 
     def __init__(self, widths=(32, 64, 128), mirror=False):
@@ -73,6 +71,10 @@ class ConvNet(nn.Module):
         if self.mirror:  # the mean of what it sees in an image and in its mirror image
             features = (features + mirror_channels(features, 1)) / 2
         return self.head(features)
+
+    def filters(self):
+        """The weights of the 3x3 convolutions."""
+        return [layer.weight for layer in self.groups.modules() if isinstance(layer, nn.Conv2d)]
 
     @torch.no_grad()
     def whiten(self, images):
@@ -102,9 +104,10 @@ class ConvNet(nn.Module):
         # costliest of all.
         self.stem.bias.fill_(0.8)
         self.stem.requires_grad_(False)
-        for layer in self.groups.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.dirac_(layer.weight[: layer.in_channels])
+        for filters in self.filters():
+            nn.init.dirac_(filters[: filters.shape[1]])
+            if self.mirror:
+                symmetrize(filters)
 
     @torch.no_grad()
     def fix_scales(self):
@@ -220,6 +223,9 @@ def train_step(model, optimizer, criterion, images, labels, precision):
         weighted.backward()
         logits.append(outputs.detach())
         loss += weighted.item()
+    if model.mirror:  # symmetric steps keep the filters symmetric
+        for filters in model.filters():
+            symmetrize(filters.grad)
     optimizer.step()
     return torch.cat(logits), loss
 

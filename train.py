@@ -41,7 +41,7 @@ from network import ConvNet, UsageError, build, choose_precision, find_device, f
 #   sizes            (size, share) pairs: shrink the pictures to that size until that share of the steps is done. They
 #                    are enough to learn the coarse shapes, which come first, and cost a fraction of the arithmetic.
 #   whiten           start from computed weights (network.ConvNet.whiten)
-#   mirror           treat an image and its mirror image alike (network.MirrorConv2d): learn from both at once
+#   mirror           treat an image and its mirror image alike (network.symmetrize): learn from both at once
 #   muon             optimize by network.Muon, with steps that shrink to 0; false: by Adam at a constant rate
 #   label_smoothing  spread this share of each target over all classes (loss.CrossEntropyLoss)
 #   tta              at the end, also measure the accuracy with test-time augmentation (data.views)
@@ -73,7 +73,7 @@ LIMITS = {  # of smaller pictures than 17 x 17, three groups of layers leave one
     "lr": (1e-30, 1e30), "epochs": (1e-6, 1e6), "batch_size": (2, 50_000), "seed": (0, 2**63 - 1),
     "widths": (1, 4096), "sizes": (17, 64), "label_smoothing": (0, 1), "held_out": (0, 49_998),
 }  # fmt: skip
-FORMAT = 4  # of checkpoint.pt: raise it when you change the net, the optimizer or what is saved
+FORMAT = 5  # of checkpoint.pt: raise it when you change the net, the optimizer or what is saved
 COLUMNS = ("epoch", "step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 # TensorBoard's tags (a chart each, with all runs in it), and the column that each shows
 TRAINING_TAGS = {"loss/train": "train_loss", "accuracy/train": "train_accuracy", "learning_rate": "learning_rate"}

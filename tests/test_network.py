@@ -85,31 +85,37 @@ def test_whitened_stem_decorrelates(contrast):
     torch.testing.assert_close(model.stem(images.flip(3))[:, [0, 3, 2, 1]], outputs.flip(3)[:, :4], rtol=0, atol=1e-3)
 
 
-def test_mirror_convolution_of_a_mirrored_image_is_the_mirrored_one_with_swapped_channels():
-    torch.manual_seed(0)
-    layer, images = network.MirrorConv2d(8, 12, 3, padding=1, bias=False).double(), noise(2, 8, 5, 7).double()
-    outputs = layer(images)
+def test_symmetrized_filters_mirror_the_outputs_of_a_mirrored_image_with_swapped_channels():
+    filters, images = noise(12, 8, 3, 3).double(), noise(2, 8, 5, 7).double()
+    before = filters.clone()
+    network.symmetrize(filters)
     swapped = [[4 * (c // 4) + (0, 3, 2, 1)[c % 4] for c in range(count)] for count in (8, 12)]
     assert all(network.mirror_channels(torch.arange(len(order)), 0).tolist() == order for order in swapped)
-    torch.testing.assert_close(layer(images[:, swapped[0]].flip(3)), outputs[:, swapped[1]].flip(3))
+    outputs = F.conv2d(images, filters, padding=1)
+    mirrored = F.conv2d(images[:, swapped[0]].flip(3), filters, padding=1)
+    torch.testing.assert_close(mirrored, outputs[:, swapped[1]].flip(3))
     for c in range(12):
         for d in range(8):
-            other = layer.weight[swapped[1][c], swapped[0][d]].flip(1)
-            filters = (layer.weight[c, d] + other) / 2
-            one = torch.zeros(1, 8, 3, 3).double()
-            one[0, d, 1, 1] = 1  # the answer to a single pixel is the filter, turned by half a turn
-            torch.testing.assert_close(layer(one)[0, c], filters.flip(0, 1))
+            other = before[swapped[1][c], swapped[0][d]].flip(1)
+            torch.testing.assert_close(filters[c, d], (before[c, d] + other) / 2)
 
 
-@pytest.mark.parametrize("size", [32, 24])
-def test_a_mirror_net_gives_an_image_and_its_mirror_image_the_same_logits_and_another_net_does_not(size):
+@pytest.mark.parametrize("size, muon", [(32, True), (24, True), (32, False)])
+def test_filters_of_a_mirror_net_stay_symmetric_so_that_it_gives_mirror_images_the_same_logits(size, muon):
     images = noise(6, 3, size, size)
     for mirror in (True, False):
-        model, _ = build(widths=(24, 32, 20), whiten=True, muon=True, mirror=mirror)
-        torch.nn.init.normal_(model.head.weight)
+        model, optimizer = build(widths=(24, 32, 20), whiten=True, muon=muon, mirror=mirror)
+        for step in range(3):
+            batch, targets = noise(6, 3, size, size, seed=step), torch.arange(6) + step
+            network.train_step(model, optimizer, CrossEntropyLoss(), batch, targets, "fp32")
+        for filters in model.filters():
+            network.symmetrize(same := filters.detach().clone())
+            assert ((same - filters).abs().max() < 1e-6) == mirror
+            assert (filters - filters.flip(3)).abs().max() > 1e-2  # there are pairs
         for layer in model.modules():
-            if isinstance(layer, network.MirrorConv2d):
-                torch.nn.init.normal_(layer.weight)  # whatever it learns
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.reset_parameters()  # each channel has learned a shift of its own
+        torch.nn.init.normal_(model.head.weight)
         logits = model.eval()(images)
         assert logits.std(0).min() > 0.01
         difference = (model(images.flip(3)) - logits).abs().max() / logits.std()
@@ -190,21 +196,23 @@ def test_muon_steps_filters_along_the_orthogonalized_nesterov_gradient_at_a_fixe
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_a_step_in_parts_is_the_step_of_the_whole_batch(precision, tolerance):
-    images, labels, sizes = noise(502, 3, 2, 2), torch.arange(502) % 10, []
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
+    images, labels, sizes = noise(502, 3, 32, 32), torch.arange(502) % 10, []
+    labels[336:] = 0  # a part of another kind, which is smaller and so counts for less
+    model = net(widths=(8, 8)).eval()  # in training, batch norm sees one part at a time
+    torch.nn.init.normal_(model.head.weight)
     expected = model(images)
     expected_loss = F.cross_entropy(expected, labels)
-    (gradient,) = torch.autograd.grad(expected_loss, model[1].weight)
-    moved = model[1].weight.detach() - 0.5 * gradient
-    model[1].weight.grad = torch.ones(10, 12)  # left over from a step before
-    model.register_forward_hook(lambda module, inputs, outputs: sizes.append(len(outputs)))
+    gradients = torch.autograd.grad(expected_loss, list(model.parameters()))
+    moved = [old.detach() - 0.5 * gradient for old, gradient in zip(model.parameters(), gradients, strict=True)]
+    model.head.weight.grad = torch.ones(10, 8)  # left over from a step before
+    model.head.register_forward_hook(lambda module, inputs, outputs: sizes.append(len(outputs)))
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
     logits, loss = network.train_step(model, sgd, CrossEntropyLoss(), images, labels, precision)
     assert sizes == [168, 168, 166] and not logits.requires_grad
     torch.testing.assert_close(logits, expected.detach(), rtol=tolerance, atol=tolerance)
     assert torch.equal(logits, logits.bfloat16().float()) == (precision == "bf16")
     assert loss == pytest.approx(expected_loss.item(), rel=tolerance)
-    torch.testing.assert_close(model[1].weight.detach(), moved, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close([*model.parameters()], moved, rtol=tolerance, atol=tolerance)
 
 
 def test_a_card_that_this_pytorch_cannot_use_is_passed_over_or_named(monkeypatch, capsys):
