@@ -16,11 +16,11 @@ def mirror_channels(tensor, dim):
 
 @torch.no_grad()
 def symmetrize(filters):
-    """Make filters (outputs, inputs, 3, 3) treat an image and its mirror image alike: the mean of both, in place.
+    """Make filters (outputs, inputs, 3, 3), or their gradients, treat an image and its mirror image alike, in place.
 
     Mirror the input of such a convolution, and its output is mirrored too, with the channels in the order of
     `mirror_channels`. So what a net learns from an image, it knows of its mirror image. Two channels that swap have
-    filters that are mirror images of each other, and one that stays has symmetric filters.
+    filters that are mirror images of each other, and one that stays has symmetric filters: what was not is averaged.
     (T. Cohen and M. Welling, "Group Equivariant Convolutional Networks", 2016, for the group of two elements.)
     """
     filters.add_(mirror_channels(mirror_channels(filters, 0), 1).flip(3)).div_(2)
