@@ -255,7 +255,9 @@ def choose_precision(device):
     if device != "cpu":  # older cards only emulate it
         return "bf16" if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
     # Half as many bytes can mean twice the speed, but only with the right instructions: on a CPU without them, and on
-    # some that have them, bf16 is the slower one. So both are timed, on a product small enough to take no time.
-    matrices = (torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    fp32, bf16 = (min(timeit.repeat("a @ a", globals={"a": a}, number=1, repeat=20)) for a in matrices)
+    # some that have them, bf16 is the slower one. So both are timed, on a product small enough to take no time, and in
+    # turns, so that a moment in which the machine is busy slows both.
+    matrices = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    times = [[timeit.timeit("a @ a", globals={"a": a}, number=1) for a in matrices] for _ in range(30)]
+    fp32, bf16 = map(min, zip(*times, strict=True))
     return "bf16" if bf16 < 0.75 * fp32 else "fp32"

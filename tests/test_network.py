@@ -233,3 +233,17 @@ def test_a_card_that_this_pytorch_cannot_use_is_passed_over_or_named(monkeypatch
         with pytest.raises(network.UsageError, match=rf"^--device {name} cannot be used: .*{says}.*$"):
             network.find_device(name)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("busy", [range(0), range(20, 45)])  # products during which the machine does something else
+@pytest.mark.parametrize("bf16, expected", [(0.5, "bf16"), (0.9, "fp32"), (14, "fp32")])
+def test_precision_is_the_faster_one_even_if_the_machine_is_busy_for_a_moment(busy, bf16, expected, monkeypatch):
+    products = []
+
+    def time_product(statement, globals, number):
+        products.append(globals["a"].dtype)
+        seconds = {torch.float32: 1, torch.bfloat16: bf16}[globals["a"].dtype]
+        return seconds * (30 if len(products) - 1 in busy else 1)
+
+    monkeypatch.setattr(network.timeit, "timeit", time_product)
+    assert network.choose_precision("cpu") == expected and len(products) > 20
