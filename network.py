@@ -20,7 +20,8 @@ def symmetrize(filters):
 
     Mirror the input of such a convolution, and its output is mirrored too, with the channels in the order of
     `mirror_channels`. So what a net learns from an image, it knows of its mirror image. Two channels that swap have
-    filters that are mirror images of each other, and one that stays has symmetric filters: what was not is averaged.
+    filters that are mirror images of each other, and one that stays has symmetric filters. The mean of filters and
+    what a mirror makes of them is of this kind.
     (T. Cohen and M. Welling, "Group Equivariant Convolutional Networks", 2016, for the group of two elements.)
     """
     filters.add_(mirror_channels(mirror_channels(filters, 0), 1).flip(3)).div_(2)
