@@ -31,6 +31,7 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+SIZE = 32  # height and width of CIFAR-10's images, in pixels
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 ARCHIVE = "cifar-10-binary.tar.gz"
@@ -77,7 +78,7 @@ def load_cifar10(root="datasets"):
         batches = [_read(folder, name) for name in FILES]
     records = np.concatenate(batches)
     labels = torch.from_numpy(records[:, 0].astype(np.int64))
-    images = torch.from_numpy(records[:, 1:]).view(-1, 3, 32, 32)
+    images = torch.from_numpy(records[:, 1:]).view(-1, 3, SIZE, SIZE)
     split = len(records) - len(batches[-1])
     return (images[:split], labels[:split]), (images[split:], labels[split:])
 
@@ -88,7 +89,7 @@ def _read(folder, name):
         raw = (folder / name).read_bytes()
     except FileNotFoundError:
         raise DataError(f"{name} is not in {folder} yet") from None
-    return np.frombuffer(_check(raw, name), dtype=np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+    return np.frombuffer(_check(raw, name), dtype=np.uint8).reshape(-1, 1 + 3 * SIZE * SIZE)
 
 
 def _check(raw, name):
@@ -347,8 +348,10 @@ class Loader:
 
 
 # ------------------------------------------------------------------------------------- what the scripts share: output
-def prepare_streams():
-    """Let standard output and error take any text, so that a line cannot end a run."""
+def prepare_script():
+    """Let standard output and error take any text, and matplotlib draw without a display."""
+    if "ipykernel" not in sys.modules:  # not in the notebook itself
+        os.environ.pop("MPLBACKEND", None)  # Notebooks set MPLBACKEND for the programs they start
     if sys.stderr is None:  # closed, by 2>&-
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -356,10 +359,13 @@ def prepare_streams():
             stream.reconfigure(errors="replace")  # letters that the terminal cannot show
 
 
-def write_file(path, raw, patience=0):
-    """Write the bytes `raw` so that `path` is at any moment the old file whole or the new one whole.
+prepare_streams = prepare_script  # the old name
 
-    On Windows nobody can replace a file that another program holds open: so this tries again for `patience` seconds.
+
+def write_file(path, raw, patience=0):
+    """Write the bytes `raw`: `path` holds the old file or the new one, never half.
+
+    Windows cannot replace a file that another program has open: so this tries again for `patience` seconds.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}-{time.time_ns()}.part")  # of this process alone
     deadline = time.monotonic() + patience

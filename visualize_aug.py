@@ -12,6 +12,7 @@ if sys.version_info < (3, 10):
     sys.exit(f"visualize_aug.py needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
 import argparse
+import io
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ def read(path):
 
 def draw(images):
     """A figure of `images`, uint8 (1, 3, H, W): as they are, after position and after color augmentation."""
+    from matplotlib.figure import Figure  # here, because reading a picture does not need it
+
     generator = torch.Generator().manual_seed(SEED)
     panels = {
         "original": data.to_float(images),
@@ -57,7 +60,7 @@ def draw(images):
         "color": data.color(data.to_float(images), generator),
     }
     height, width = images.shape[2:]
-    figure = data.new_figure(12, max(1.5, min(12, 4 * height / width)) + 0.35)
+    figure = Figure(figsize=(12, max(1.5, min(12, 4 * height / width)) + 0.35), layout="constrained")
     for axes, (title, panel) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         axes.imshow(panel[0].permute(1, 2, 0).numpy())
         axes.set_title(title, fontsize=16)
@@ -66,7 +69,7 @@ def draw(images):
 
 
 def main():
-    data.prepare_streams()
+    data.prepare_script()
     parser = argparse.ArgumentParser(description="Draw what the augmentations do to a picture.")
     parser.add_argument("image", metavar="IMAGE", type=Path, help="any picture that Pillow opens")
     help = "where to save; its ending names the format (default: IMAGE's name with _aug.png)"
@@ -85,7 +88,8 @@ def main():
     if output.suffix[1:].lower() not in formats:
         parser.exit(2, f"visualize_aug.py: --output {output} must end in one of .{', .'.join(formats)}\n")
     try:
-        data.save_figure(figure, output, dpi=90)
+        figure.savefig(buffer := io.BytesIO(), format=output.suffix[1:].lower(), dpi=90)
+        data.write_file(output, buffer.getvalue())
     except OSError as problem:
         parser.exit(1, f"visualize_aug.py: cannot write {output}: {problem.strerror or problem}\n")
     print(f"saved {output}: original, position, color")
