@@ -5,7 +5,7 @@ from torch import nn
 
 
 class CrossEntropyLoss(nn.Module):
-    """Cross entropy between logits and targets: a drop-in for torch.nn.CrossEntropyLoss.
+    """Cross entropy between logits and targets. It takes torch.nn.CrossEntropyLoss's keyword arguments.
 
     With p = softmax(logits) over the C classes, the loss of one sample is
 
@@ -15,10 +15,11 @@ class CrossEntropyLoss(nn.Module):
     Args:
         weight: (C,) tensor w of class weights; None weighs every class 1.
         ignore_index: samples of this class do not count (class targets only).
-        reduction: "none" keeps a loss for each sample; "sum" adds them up; "mean" also divides, by the summed weights
-            w[y] of the samples for class targets, by the number of samples for probabilities.
+        reduction: "none" keeps the loss of each sample; "sum" adds them up; "mean" divides the sum by the total weight
+            w[y] (classes) or the number of samples (probabilities).
         label_smoothing: a share in [0, 1] of each target that is spread evenly over all classes, so that the net is
-            not driven to be ever more certain (C. Szegedy et al., arXiv:1512.00567, section 7).
+            not overconfident (C. Szegedy et al., arXiv:1512.00567, section 7). At 0.2 with 10 classes, the right
+            class's target is 0.82 and the others' 0.02.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -29,7 +30,7 @@ class CrossEntropyLoss(nn.Module):
         if reduction not in ("none", "sum", "mean"):
             raise ValueError(f'reduction must be "none", "sum" or "mean", got {reduction!r}')
         if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+            raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
         self.register_buffer("weight", weight)  # a buffer moves along with .to(device)
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -38,55 +39,57 @@ class CrossEntropyLoss(nn.Module):
     def forward(self, logits, targets):
         """The loss of logits (N, C), (N, C, d1, ...) or (C,), floating point.
 
-        No step looks at the values, only at shapes and dtypes: so a GPU never has to wait for an answer, and
-        torch.compile and torch.func.vmap see the whole of it.
+        Control flow depends only on shapes and dtypes, so a GPU never has to synchronize, and torch.compile and
+        torch.func.vmap work.
 
         Args:
-            targets: classes, int64 or uint8 in [0, C) or ignore_index, of the logits' shape without C; or
-                probabilities, floating point, of the logits' own shape.
+            targets: either classes in [0, C) or ignore_index, int64 or uint8, in the logits' shape without C; or
+                probabilities, floating point, in the logits' shape.
 
         Returns:
-            A scalar; with reduction "none" the logits' shape without C. Of the logits' dtype.
+            A scalar, or with reduction "none" the losses in the logits' shape without C; of the logits' dtype.
 
         Raises:
-            ValueError: shapes or dtypes that do not go together.
-            RuntimeError: a class outside [0, C) that is not ignore_index (torch.gather's own error).
+            ValueError: the shapes or dtypes do not fit together.
+            RuntimeError: a class is outside [0, C) and not ignore_index (torch.gather raises it).
         """
         if logits.ndim == 0 or not logits.is_floating_point():
             raise ValueError(f"logits must be floating point (N, C, ...), got {logits.dtype} {tuple(logits.shape)}")
-        dim = min(1, logits.ndim - 1)  # that of the classes
-        classes, smoothing = logits.shape[dim], self.label_smoothing
+        dim = min(1, logits.ndim - 1)  # the dimension of the classes, which moves to the end
+        z = logits.movedim(dim, -1)
+        classes = z.shape[-1]
         if self.weight is not None and self.weight.shape != (classes,):
             raise ValueError(f"weight must have shape ({classes},), got {tuple(self.weight.shape)}")
 
         # log p = z - log sum exp z holds for logits z shifted by any constant. With the largest one shifted to 0, exp
         # cannot overflow and log p keeps its digits however large the logits are.
-        z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits  # sums need more digits
-        z = z - z.detach().amax(dim, keepdim=True)
-        log_p = z - z.exp().sum(dim, keepdim=True).log()
+        if z.dtype in (torch.float16, torch.bfloat16):
+            z = z.float()  # sums need more digits
+        z = z - z.detach().amax(-1, keepdim=True)
+        log_p = z - z.exp().sum(-1, keepdim=True).log()
         weight = log_p.new_ones(classes) if self.weight is None else self.weight.to(log_p.dtype)
-        weight = weight.view(-1, *[1] * (logits.ndim - 1 - dim)).expand_as(log_p)
         weighted = weight * log_p
+        smoothing = self.label_smoothing
 
-        sample_shape = logits.shape[:dim] + logits.shape[dim + 1 :]
         if targets.shape == logits.shape and targets.is_floating_point():
             if self.ignore_index >= 0:
-                raise ValueError(f"ignore_index {self.ignore_index} goes with classes, got probabilities")
-            targets = (1 - smoothing) * targets + smoothing / classes
-            losses = -(targets * weighted).sum(dim)
+                raise ValueError(f"leave ignore_index at -100 with probabilities, got {self.ignore_index}")
+            targets = (1 - smoothing) * targets.movedim(dim, -1) + smoothing / classes
+            losses = -(targets * weighted).sum(-1)
             divisor = losses.numel()
-        elif targets.shape == sample_shape and targets.dtype in (torch.uint8, torch.int64):  # as torch's
+        elif targets.shape == z.shape[:-1] and targets.dtype in (torch.uint8, torch.int64):  # as in PyTorch
             targets = targets.long()  # first: in a byte, -100 would be class 156
             ignored = targets == self.ignore_index
-            index = targets.masked_fill(ignored, 0).unsqueeze(dim)  # any class will do where the loss is dropped
-            losses = -weighted.gather(dim, index).squeeze(dim)
+            index = targets.masked_fill(ignored, 0).unsqueeze(-1)  # any class will do where the loss is dropped
+            losses = -weighted.gather(-1, index).squeeze(-1)
             if smoothing:
-                losses = (1 - smoothing) * losses - smoothing / classes * weighted.sum(dim)
+                losses = (1 - smoothing) * losses - smoothing / classes * weighted.sum(-1)
             losses = losses.masked_fill(ignored, 0)
-            divisor = weight.gather(dim, index).squeeze(dim).masked_fill(ignored, 0).sum()
+            sample_weights = weight.expand_as(log_p).gather(-1, index).squeeze(-1)
+            divisor = sample_weights.masked_fill(ignored, 0).sum()
         else:
             raise ValueError(
-                f"targets must be classes, int64 or uint8 of shape {tuple(sample_shape)}, or probabilities, floating "
+                f"targets must be classes, int64 or uint8 of shape {tuple(z.shape[:-1])}, or probabilities, floating "
                 f"point of shape {tuple(logits.shape)}, got {targets.dtype} {tuple(targets.shape)}"
             )
         if self.reduction == "sum":
