@@ -1,7 +1,6 @@
 """A small convolutional network for CIFAR-10 from basic torch.nn layers, and its training step (assignment 2, 2 a)."""
 
 import math
-import timeit
 
 import torch
 from torch import nn
@@ -9,36 +8,43 @@ from torch.nn import functional as F
 
 
 def mirror_channels(tensor, dim):
-    """The channels along `dim` in the order that a mirrored image has them in: of each four, 2 and 4 swap."""
-    order = torch.arange(tensor.shape[dim], device=tensor.device).view(-1, 4)[:, [0, 3, 2, 1]]
-    return tensor.index_select(dim, order.flatten())
+    """The channels along `dim` in the order of a mirrored image: of each four, the second and the fourth swap."""
+    channels = torch.arange(tensor.shape[dim], device=tensor.device)
+    order = channels.view(-1, 4)[:, [0, 3, 2, 1]].flatten()
+    return tensor.index_select(dim, order)
 
 
 @torch.no_grad()
 def symmetrize(filters):
-    """Make filters (outputs, inputs, 3, 3), or their gradients, treat an image and its mirror image alike, in place.
+    """Make filters (outputs, inputs, 3, 3), or their gradients, mirror-symmetric, in place.
 
-    Mirror the input of such a convolution, and its output is mirrored too, with the channels in the order of
-    `mirror_channels`. So what a net learns from an image, it knows of its mirror image. Two channels that swap have
-    filters that are mirror images of each other, and one that stays has symmetric filters. The mean of filters and
-    what a mirror makes of them is of this kind.
+    Mirror the input of such a convolution and put its channels in the order of `mirror_channels`: then the output is
+    mirrored too, with its channels in that order. So the net learns each image's mirror image as well. Two channels
+    that swap have filters that are mirror images of each other, and a channel that stays has symmetric filters.
     (T. Cohen and M. Welling, "Group Equivariant Convolutional Networks", 2016, for the group of two elements.)
     """
-    filters.add_(mirror_channels(mirror_channels(filters, 0), 1).flip(3)).div_(2)
+    mirrored = mirror_channels(mirror_channels(filters, 0), 1).flip(3)
+    filters.add_(mirrored).div_(2)  # the mean of both is symmetric
 
 
 def group(inputs, outputs, mirror):
-    """(B, inputs, H, W) -> (B, outputs, H // 2, W // 2)
+    """(B, inputs, S, S) -> (B, outputs, S // 2, S // 2); with `mirror`, odd S only, for an exact mirror symmetry.
 
     Pooling comes straight after the first convolution: batch norm, SiLU and the second convolution then work on a
-    quarter of the pixels. The convolutions have no bias, as the batch norm behind them has one (beta).
+    quarter of the pixels. The convolutions need no bias, because batch norm adds one (beta).
     """
-    # Overlapping windows of 3x3 cover an odd picture from edge to edge, so mirroring the picture does not shift them
-    pool = nn.MaxPool2d(3, stride=2) if mirror else nn.MaxPool2d(2)
+    pool = nn.MaxPool2d(2)
+    if mirror:  # these windows overlap and reach from edge to edge of an odd map, so mirroring does not shift them
+        pool = nn.MaxPool2d(3, stride=2)
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), pool, nn.BatchNorm2d(outputs), nn.SiLU(),
-        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.SiLU(),
-    )  # fmt: skip
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        pool,
+        nn.BatchNorm2d(outputs),
+        nn.SiLU(),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.SiLU(),
+    )
 
 
 class ConvNet(nn.Module):
@@ -55,21 +61,26 @@ class ConvNet(nn.Module):
 
     Args:
         widths: channels of each group; the convolutions of a group with C channels cost about C * C.
-        mirror: the convolutions treat an image and its mirror image alike (see `symmetrize`). 4 must divide the widths,
-            and the net must start from `whiten`.
+        mirror: the convolutions treat an image and its mirror image alike (see `symmetrize`). The net must start from
+            `whiten`, 4 must divide the widths, and 8 the height and width of the images: then no pooling meets an even
+            map, and the symmetry is exact.
     """
 
     def __init__(self, widths=(32, 64, 128), mirror=False):
         super().__init__()
-        channels = (24, *widths)
-        self.stem = nn.Conv2d(3, channels[0], kernel_size=2)
-        self.groups = nn.Sequential(*(group(*pair, mirror) for pair in zip(channels, widths, strict=False)))
-        self.head = nn.Linear(widths[-1], 10)
+        channels = 24
+        self.stem = nn.Conv2d(3, channels, kernel_size=2)
+        self.groups = nn.Sequential()
+        for width in widths:
+            self.groups.append(group(channels, width, mirror))
+            channels = width
+        self.head = nn.Linear(channels, 10)
         self.mirror = mirror
 
     def forward(self, images):
-        features = self.groups(F.silu(self.stem(images))).amax(dim=(2, 3))
-        if self.mirror:  # the mean of what it sees in an image and in its mirror image
+        maps = F.silu(self.stem(images))
+        features = self.groups(maps).amax(dim=(2, 3))
+        if self.mirror:  # the mean of the features of an image and of its mirror image
             features = (features + mirror_channels(features, 1)) / 2
         return self.head(features)
 
@@ -79,15 +90,16 @@ class ConvNet(nn.Module):
 
     @torch.no_grad()
     def whiten(self, images):
-        """Start from a frozen stem that decorrelates 2x2 patches of `images`, and from layers that let them through.
+        """Start from a frozen stem that decorrelates 2x2 patches of `images`, and from layers close to the identity.
 
-        Neighboring pixels are nearly equal, so a filter sees almost the same number four times; with the patches
+        Neighboring pixels are nearly equal, so a filter sees almost the same number four times. With the patches
         rotated to their principal axes and scaled to equal variance, the net learns faster from the first step on.
-        There are 12 such filters. As photographs are as likely as their mirror images, 6 are symmetric, and mirroring
-        changes only the sign of the others. Their negatives are added, as SiLU drops most of a negative output.
+        There are 12 such filters. Photographs are as likely as their mirror images, so 6 filters are symmetric, and
+        mirroring changes only the sign of the others. Their negatives are added, because SiLU drops most of a negative
+        output.
 
         The first filters of each 3x3 convolution start as the identity of its input channels. So the image and the
-        gradients pass every layer from the first step on; random filters would blur both a little more in each layer
+        gradients pass every layer from the first step on. Random filters would blur both a little more in each layer
         (K. Jordan, arXiv:2404.00498, section 3.3).
 
         Args:
@@ -96,27 +108,32 @@ class ConvNet(nn.Module):
         images = torch.cat([images, images.flip(3)])
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1)  # (N, 3, H - 1, W - 1, 2, 2)
         patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
-        variances, axes = torch.linalg.eigh(torch.cov(patches.T).cpu())  # MPS has no eigh
-        filters = (axes / (variances + 5e-4).sqrt()).T.reshape(-1, 3, 2, 2)  # 5e-4: do not amplify pure noise
+        covariance = torch.cov(patches.T).cpu()  # MPS has no eigh
+        variances, axes = torch.linalg.eigh(covariance)
+        whitening = axes / (variances + 5e-4).sqrt()  # 5e-4: do not amplify pure noise
+        filters = whitening.T.reshape(-1, 3, 2, 2)
         symmetry = (filters * filters.flip(3)).sum((1, 2, 3))  # positive or negative
-        even, odd = filters[symmetry.argsort(descending=True)].chunk(2)
-        self.stem.weight.copy_(torch.stack([even, odd, -even, -odd], dim=1).flatten(0, 1))  # as mirror_channels has it
-        # SiLU drops most of what is below 0, so shift up. Trained biases are no better, and their gradient is the
-        # costliest of all.
+        order = symmetry.argsort(descending=True)
+        even, odd = filters[order].chunk(2)
+        fours = torch.stack([even, odd, -even, -odd], dim=1)  # the order of mirror_channels
+        self.stem.weight.copy_(fours.flatten(0, 1))
+        # SiLU drops most of a value below 0, so shift up. Trained biases are no better, and their gradient costs more
+        # than any other.
         self.stem.bias.fill_(0.8)
         self.stem.requires_grad_(False)
         for filters in self.filters():
-            nn.init.dirac_(filters[: filters.shape[1]])
+            inputs = filters.shape[1]
+            nn.init.dirac_(filters[:inputs])
             if self.mirror:
                 symmetrize(filters)
 
     @torch.no_grad()
-    def fix_scales(self):
-        """Freeze the scales and the last bias, for training at large rates.
+    def prepare_for_muon(self):
+        """Make the net fit for Muon's large steps.
 
-        The scale of batch norm stays 1: the filters behind it are normalized anyway. The linear layer starts small
-        (its logits are nearly 0, every class as likely as any other) and without a bias. The running statistics
-        follow the last few batches, as the net changes much in a step.
+        The scales of batch norm are frozen at 1 and the bias of the head at 0: with Muon they learn nothing that the
+        filters and shifts do not. The running statistics follow the last few batches, because each step changes the
+        weights a lot. The head starts small: its logits are nearly 0, and all classes equally likely.
         """
         for layer in self.groups.modules():
             if isinstance(layer, nn.BatchNorm2d):
@@ -127,37 +144,41 @@ class ConvNet(nn.Module):
 
 
 class Muon:
-    """Gradient descent with momentum; the step of a convolution is made orthogonal: every direction moves as far.
+    """Gradient descent with momentum, where the steps of convolutions are orthogonalized.
 
-    A gradient is mostly a few strong directions. Replacing its singular values by ones lets the weak ones learn too,
-    which takes far fewer steps than SGD or Adam. (K. Jordan et al., "Muon: an optimizer for hidden layers in neural
-    networks", 2024; the constants here are those of his speed-run airbench94, or close.) The filters themselves are
-    kept at a fixed norm: batch norm undoes their scale anyway, and so one rate suits all layers. The biases and
-    the linear layer are stepped along their own gradients (SGD, with a little weight decay), summed over the batch so
+    A gradient is mostly a few strong directions. `orthogonalize` makes all directions about equally strong, so the weak
+    ones learn too, and training needs far fewer steps than with SGD or Adam. (K. Jordan et al., "Muon: an optimizer for
+    hidden layers in neural networks", 2024. The constants here are close to those of his speed-run airbench94.) The
+    filters are kept at a fixed norm, so one rate suits all layers: batch norm undoes the scale of a filter anyway. The
+    biases and the linear layer follow their own gradients (SGD, with a little weight decay), summed over the batch, so
     that an epoch goes as far in large batches as in small ones.
 
-    It has no base class: making a first optimizer of torch.optim imports more than PyTorch itself.
+    It has no base class, because the first torch.optim optimizer triggers slow imports.
     """
 
     def __init__(self, parameters, lr, batch_size):
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.velocities = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.lr = lr
+        self.param_groups = [{"lr": lr}]  # the place where torch.optim's optimizers keep their rate
         self.batch_size = batch_size
 
     @torch.no_grad()
     def step(self):
+        lr = self.param_groups[0]["lr"]
         for parameter, velocity in zip(self.parameters, self.velocities, strict=True):
-            momentum = 0.65 if parameter.ndim == 4 else 0.85
+            convolution = parameter.ndim == 4
+            momentum = 0.65 if convolution else 0.85
             velocity.mul_(momentum).add_(parameter.grad)
             direction = parameter.grad + momentum * velocity  # Nesterov: look one step ahead
-            if parameter.ndim == 4:
-                parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-                parameter.sub_(self.lr * orthogonalize(direction.flatten(1)).view_as(parameter))
+            if convolution:
+                norm = len(parameter) ** 0.5
+                parameter.mul_(norm / parameter.norm())
+                step = orthogonalize(direction.flatten(1))
+                parameter.sub_(lr * step.view_as(parameter))
             else:
                 # airbench94 divides the logits by their n inputs; to divide the rate by n ** 2 does the same
                 factor = 1 / 4 if parameter.ndim == 1 else 3.3 / parameter.shape[1] ** 2
-                rate = self.lr * self.batch_size
+                rate = lr * self.batch_size
                 parameter.mul_(1 - 1e-5 * rate)
                 parameter.sub_(rate * factor * direction)
 
@@ -172,55 +193,41 @@ class Muon:
 def orthogonalize(matrix, steps=3):
     """Roughly U V^T of the singular value decomposition U S V^T of a matrix, by Newton-Schulz iteration.
 
-    Each step applies an odd polynomial to the singular values that pushes those in (0, 1] towards 1. It needs nothing
-    but matrix products, which an SVD cannot compete with; the polynomial is that of Muon's authors.
+    Each step applies an odd polynomial to the singular values. Most of them end between 0.7 and 1.2. It needs only
+    matrix products, so it is far faster than an SVD. (The polynomial is the one of Muon's authors.)
     """
     x = matrix / (matrix.norm() + 1e-7)
-    if tall := x.shape[0] > x.shape[1]:
+    tall = x.shape[0] > x.shape[1]
+    if tall:
         x = x.T
     for _ in range(steps):
         square = x @ x.T
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        polynomial = -4.7750 * square + 2.0315 * square @ square
+        x = 3.4445 * x + polynomial @ x
     return x.T if tall else x
 
 
-def build(settings, images):
-    """A new network and its optimizer, as the settings of a run say, on the device of `images`.
-
-    Args:
-        settings: a row of train.RECIPES, and a seed.
-        images: (N, 3, H, W) normalized images, a sample of the training set, for `whiten`.
-    """
-    torch.manual_seed(settings["seed"])
-    # Channels last: the CPU's convolutions are 1.4 to 2 times as fast with an image's channels next to each other.
-    model = ConvNet(settings["widths"], settings["mirror"]).to(images.device, memory_format=torch.channels_last)
-    if settings["whiten"]:
-        model.whiten(images)
-    if settings["muon"]:
-        model.fix_scales()
-        return model, Muon(model.parameters(), settings["lr"], settings["batch_size"])
-    return model, torch.optim.Adam(model.parameters(), lr=settings["lr"])
-
-
 def forward(model, images, precision):
-    """The logits (B, 10) of normalized images, float32 whatever the precision they are computed in."""
+    """The logits (B, 10) of normalized images, computed in "fp32" or "bf16" and returned as float32."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return model(images).float()
 
 
 def train_step(model, optimizer, criterion, images, labels, precision):
-    """One step of gradient descent. Returns the logits (B, 10), and the loss that was minimized as a float.
+    """One step of gradient descent. Returns the logits (B, 10), and the minimized loss as a float.
 
-    The batch is split into parts of at most 250 images, whose losses, weighted by their sizes, add up to that of the
-    batch. What a part computes forward is still in the processor's cache when its gradients need it: a step of 1,000
-    is a quarter faster and takes a quarter of the memory. (Batch norm sees one part at a time.)
+    The batch is split into parts of at most 250 images. The parts' losses, weighted by their sizes, add up to the loss
+    of the batch. Each part's activations are still in the processor's cache for its backward pass: a step of 1,000
+    images is a quarter faster and takes a quarter of the memory. (Batch norm sees one part at a time.)
     """
     model.zero_grad()
     count = math.ceil(len(images) / 250)
+    parts = zip(images.chunk(count), labels.chunk(count), strict=True)
     logits, loss = [], 0
-    for part, targets in zip(images.chunk(count), labels.chunk(count), strict=True):
+    for part, targets in parts:
         outputs = forward(model, part, precision)
-        weighted = criterion(outputs, targets) * (len(targets) / len(labels))
+        share = len(targets) / len(labels)
+        weighted = criterion(outputs, targets) * share
         weighted.backward()
         logits.append(outputs.detach())
         loss += weighted.item()
@@ -229,36 +236,3 @@ def train_step(model, optimizer, criterion, images, labels, precision):
             symmetrize(filters.grad)
     optimizer.step()
     return torch.cat(logits), loss
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message says why and what to ask for instead."""
-
-
-def find_device(name):
-    """The device of that name, "cpu", "cuda" or "mps"; for "auto" the fastest that works."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    for device in filter(there.get, there) if name == "auto" else [name]:
-        try:
-            if not there[device]:
-                raise RuntimeError(f"PyTorch sees only {', '.join(filter(there.get, there))}")
-            F.conv2d(*torch.zeros(2, 1, 1, 1, 1, device=device)).item()
-            return device
-        except RuntimeError as problem:  # such as a card that this PyTorch does not support
-            reason = str(problem).strip().splitlines()[0]
-            if name == "auto":
-                print(f"{device} cannot be used ({reason}): continuing without it", flush=True)
-    raise UsageError(f"--device {name} cannot be used: {reason}; try --device auto")
-
-
-def choose_precision(device):
-    """ "bf16" where matrix products in it are faster than in fp32, else "fp32"."""
-    if device != "cpu":  # older cards only emulate it
-        return "bf16" if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-    # Half as many bytes can mean twice the speed, but only with the right instructions: on a CPU without them, and on
-    # some that have them, bf16 is the slower one. So both are timed, on a product small enough to take no time, and in
-    # turns, so that a moment in which the machine is busy slows both.
-    matrices = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    times = [[timeit.timeit("a @ a", globals={"a": a}, number=1) for a in matrices] for _ in range(30)]
-    fp32, bf16 = map(min, zip(*times, strict=True))
-    return "bf16" if bf16 < 0.75 * fp32 else "fp32"

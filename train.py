@@ -4,25 +4,34 @@
     python train.py --lr 1e-3 --augment both  the same with data augmentation
     python train.py --recipe quick            75% in seconds; coffee, lunch and best take longer and reach more
 
-Every run has a folder of its own under experiments/. --resume and `load` need only its checkpoint.pt. The rest is for
-people: config.json, metrics.csv (a row an epoch), TensorBoard's events, and curves.png, a picture of all runs.
+Every run has its own folder under experiments/. --resume and `load` need only its checkpoint.pt. The rest is for
+people: config.json, metrics.csv (one row per epoch), TensorBoard's events, and curves.png, a picture of all runs.
 """
 
+import signal
 import sys
 
 if sys.version_info < (3, 10):
     sys.exit(f"train.py needs Python 3.10 or newer, this is {sys.version.split()[0]}")
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main begins, Ctrl-C shows no traceback of an import
 
 import argparse
 import contextlib
+import csv
+import errno
 import io
 import itertools
 import json
 import math
+import os
+import re
 import shlex
-import signal
+import tempfile
 import time
+import timeit
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -34,414 +43,737 @@ from tqdm import tqdm
 
 import data
 from loss import CrossEntropyLoss
-from network import ConvNet, UsageError, build, choose_precision, find_device, forward, train_step
+from network import ConvNet, Muon, forward, train_step
 
-# A recipe is a set of defaults. lr, epochs, batch_size and augment have flags, --set sets the others:
-#   widths           channels of the net's three groups of layers: wider nets learn more and cost more
-#   sizes            (size, share) pairs: shrink the pictures to that size until that share of the steps is done. They
-#                    are enough to learn the coarse shapes, which come first, and cost a fraction of the arithmetic.
-#   whiten           start from computed weights (network.ConvNet.whiten)
-#   mirror           treat an image and its mirror image alike (network.symmetrize): learn from both at once
-#   muon             optimize by network.Muon, with steps that shrink to 0; false: by Adam at a constant rate
-#   label_smoothing  spread this share of each target over all classes (loss.CrossEntropyLoss)
-#   tta              at the end, also measure the accuracy with test-time augmentation (data.views)
-# and, for tuning, held_out: validate on the last N training images, not on the test batch.
-SHARED = {  # what all recipes but the baseline start from
-    "batch_size": 500, "augment": "position", "sizes": ((20, 0.2), (24, 0.6)), "whiten": True, "mirror": True,
-    "muon": True, "label_smoothing": 0.1, "tta": True}  # fmt: skip
+# Every setting is a flag: --lr 1e-4, --widths 64,128,256, --mirror or --no-mirror. A flag that is not given has the
+# value of the recipe. The baseline is the plain way to train a CNN, with all tricks off.
+BASELINE = {  # setting: (value, what it does)
+    "recipe": ("baseline", "default values of the settings below; on two cores baseline 81.3% in 120 s, "
+               "quick 77.0% in 6, coffee 89.8% in 88, lunch 92.2% in 252, best 93.3% in 584"),
+    "lr": (1e-3, "learning rate: how far a step moves the weights"),
+    "epochs": (5.0, "how often each training image is seen; may be a fraction"),
+    "batch_size": (128, "images per step: more give a better direction, but fewer steps"),
+    "augment": ("none", "change training images at random: position (flips and shifts), color, or both"),
+    "widths": ((32, 64, 128), "channels of the net's three groups of layers: wide ones learn more and cost more"),
+    "sizes": ({}, "16:0.2,24:0.6 shrinks the images to 16x16 until 0.2 of the steps are done, then to 24x24 until 0.6:"
+              " small images show coarse shapes, which come first, and cost less"),
+    "whiten": (False, "start from computed weights instead of random ones (ConvNet.whiten)"),
+    "mirror": (False, "treat an image and its mirror image alike, and so learn from both (network.symmetrize)"),
+    "optimizer": ("adam", "adam at a constant rate, or muon (network.Muon) at a rate that falls to 0"),
+    "label_smoothing": (0.0, "spread this share of each target over all classes (loss.CrossEntropyLoss)"),
+    "tta": (False, "at the end, also measure accuracy with test-time augmentation (data.views)"),
+    "held_out": (0, "for tuning: validate on the last N training images, and train on the others"),
+    "seed": (0, "seed of all random numbers: the same seed gives the same run"),
+    "device": ("auto", "auto takes a GPU if there is one, else the CPU"),
+    "precision": ("auto", "of the arithmetic: fp32, or bf16, which auto takes where it is faster"),
+}  # fmt: skip
+FAST = {  # the tricks that all other recipes share
+    "lr": 0.2,
+    "batch_size": 500,
+    "augment": "position",
+    "sizes": {16: 0.2, 24: 0.6},
+    "whiten": True,
+    "mirror": True,
+    "optimizer": "muon",
+    "label_smoothing": 0.1,
+    "tta": True,
+}
 RECIPES = {
-    "baseline": {
-        "lr": 1e-3, "epochs": 5.0, "batch_size": 128, "augment": "none", "widths": (32, 64, 128), "sizes": (),
-        "whiten": False, "mirror": False, "muon": False, "label_smoothing": 0.0, "tta": False},
-    "quick": SHARED | {
-        "lr": 0.22, "epochs": 0.38, "batch_size": 128, "augment": "none", "widths": (32, 64, 64), "sizes": ((22, 0.5),),
-        "label_smoothing": 0.2, "tta": False},
-    "coffee": SHARED | {"lr": 0.2, "epochs": 3.6, "widths": (32, 128, 128)},
-    "lunch": SHARED | {"lr": 0.2, "epochs": 5.0, "widths": (64, 192, 192)},
-    "best": SHARED | {"lr": 0.18, "epochs": 8.4, "batch_size": 1000, "augment": "both", "widths": (64, 256, 256)},
-}  # fmt: skip
-DEFAULTS = {"held_out": 0, "seed": 0, "device": "auto"}  # whatever the recipe
-SET_PARSERS = {  # how --set reads what has no flag
-    "widths": lambda text: tuple(int(width) for width in text.split(",")),
-    **dict.fromkeys(("whiten", "mirror", "muon", "tta"), {"true": True, "false": False}.__getitem__),
-    "sizes": lambda text: tuple(
-        (int(size), float(share)) for size, share in (pair.split(":") for pair in text.split(",") if pair)),
-    "label_smoothing": float, "held_out": int,
-}  # fmt: skip
-EXAMPLES = "widths=8,16 whiten=true mirror=true muon=false tta=true sizes=20:0.2,24:1 label_smoothing=0.1 held_out=5000"
-LIMITS = {  # of smaller pictures than 17 x 17, three groups of layers leave one pixel
-    "lr": (1e-30, 1e30), "epochs": (1e-6, 1e6), "batch_size": (2, 50_000), "seed": (0, 2**63 - 1),
-    "widths": (1, 4096), "sizes": (17, 64), "label_smoothing": (0, 1), "held_out": (0, 49_998),
-}  # fmt: skip
-FORMAT = 5  # of checkpoint.pt: raise it when you change the net, the optimizer or what is saved
-COLUMNS = ("epoch", "step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
-# TensorBoard's tags (a chart each, with all runs in it), and the column that each shows
-TRAINING_TAGS = {"loss/train": "train_loss", "accuracy/train": "train_accuracy", "learning_rate": "learning_rate"}
-VALIDATION_TAGS = {"loss/val": "val_loss", "accuracy/val": "val_accuracy"}
+    "baseline": {},
+    "quick": {  # 75% as soon as possible: a small net that sees few, small images
+        **FAST,
+        "lr": 0.22,
+        "epochs": 0.38,
+        "batch_size": 128,
+        "augment": "none",
+        "widths": (32, 64, 64),
+        "sizes": {24: 0.5},
+        "label_smoothing": 0.2,
+        "tta": False,
+    },
+    "coffee": {**FAST, "epochs": 3.6, "widths": (32, 128, 128)},
+    "lunch": {**FAST, "epochs": 5.0, "widths": (64, 192, 192)},
+    "best": {  # the widest net for the longest time; colors change too, so that it does not overfit
+        **FAST,
+        "lr": 0.18,
+        "epochs": 8.4,
+        "batch_size": 1000,
+        "augment": "both",
+        "widths": (64, 256, 256),
+    },
+}
+FORMAT = 6  # of checkpoint.pt: raise it when you change the net, the optimizer or what is saved
 # Colors that the color-blind tell apart: M. Okabe and K. Ito, "Color Universal Design", 2008
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-# ------------------------------------------------------------------------------------------------------ command line
-def parse_setting(text):
-    """KEY=VALUE -> (KEY, value)"""
-    key, _, value = text.partition("=")
-    try:
-        return key, SET_PARSERS[key](value)
-    except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"cannot read {text[:60]}; examples: {EXAMPLES}") from None
+class UsageError(Exception):
+    """What was asked for cannot be done; the message says why and what to ask for instead."""
 
 
-def make_parser():
-    def by_recipe(setting):
-        return "(default: by recipe, " + ", ".join(f"{name} {RECIPES[name][setting]}" for name in RECIPES) + ")"
+# --------------------------------------------------------------------------------------------------------- settings
+def number(kind, low, high):
+    """A function that reads a number of that kind, from `low` to `high`."""
 
-    parser = argparse.ArgumentParser(usage="python train.py [options]", description="Train a CNN on CIFAR-10.")
-    add = parser.add_argument
-    ladder = "baseline 81.3%% in 120 s, quick 77.0%% in 6, coffee 89.8%% in 88, lunch 92.2%% in 252, best 93.3%% in 584"
-    add("--recipe", choices=RECIPES, help=f"set of defaults; on two cores {ladder} (default: baseline)")
-    add("--lr", type=float, help=f"learning rate {by_recipe('lr')}")
-    add("--epochs", type=float, metavar="N", help=f"passes over the training set, or a fraction {by_recipe('epochs')}")
-    add("--batch-size", type=int, metavar="N", help=f"images in a step {by_recipe('batch_size')}")
-    add("--augment", choices=data.AUGMENTATIONS, help=f"flips and shifts, colors, or both {by_recipe('augment')}")
-    every = f"repeat it for each of these: {EXAMPLES} (default: by recipe)"
-    add("--set", type=parse_setting, action="append", metavar="KEY=VALUE", help=every)
-    add("--seed", type=int, metavar="N", help="seed of all random numbers (default: 0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="auto uses a GPU if there is one (default: auto)")
-    add("--data", default="datasets", metavar="DIR", help="folder of CIFAR-10, fetched if missing (default: datasets)")
-    add("--experiments", default="experiments", metavar="DIR", help="folder of all runs (default: experiments)")
-    add("--name", help="the run's folder (default: from recipe, rate, augmentation, what was set, and seed)")
-    add("--resume", action="store_true", help="continue the last saved run of that name, or start it")
-    return parser
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be from {low:,} to {high:,}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
 
 
-def list_items(value):
-    """The value of a setting as a list of tuples: 8 -> [(8,)], (8, 16) -> [(8,), (16,)], ((20, 0.2),) -> [(20, 0.2)]"""
-    values = value if isinstance(value, tuple) else (value,)
-    return [item if isinstance(item, tuple) else (item,) for item in values]
+def widths(text):
+    """ "64,128,256" -> (64, 128, 256)"""
+    channels = tuple(map(number(int, 1, 4096), text.split(",")))
+    if len(channels) > 3:
+        raise argparse.ArgumentTypeError(f"{text} has more than 3 widths: a fourth group of layers leaves no pixel")
+    return channels
+
+
+def sizes(text):
+    """ "16:0.2,24:0.6" -> {16: 0.2, 24: 0.6}; of smaller images, three groups of layers leave no pixel."""
+    read_size, read_share = number(int, 16, 64), number(float, 0, 1)
+    pairs = [pair.split(":") for pair in text.split(",") if pair]
+    pairs = [(read_size(size), read_share(share)) for size, share in pairs]
+    shares = [share for _, share in pairs]
+    if shares != sorted(set(shares)):
+        raise argparse.ArgumentTypeError(f"{text} must have growing shares, such as 16:0.2,24:0.6")
+    return dict(pairs)
+
+
+def device(text):
+    """A kind of device, or "auto"."""
+    if text not in ("auto", "cpu", "cuda", "mps"):
+        hint = "CUDA_VISIBLE_DEVICES=1 chooses the second of several cards"
+        raise argparse.ArgumentTypeError(f"{text} is none of auto, cpu, cuda and mps ({hint})")
+    return text
+
+
+READERS = {  # how the command line reads a setting: a function, or a choice
+    "recipe": RECIPES,
+    "lr": number(float, 1e-30, 1e30),
+    "epochs": number(float, 1e-6, 1e6),
+    "batch_size": number(int, 2, 50_000),
+    "augment": data.AUGMENTATIONS,
+    "widths": widths,
+    "sizes": sizes,
+    "optimizer": ("adam", "muon"),
+    "label_smoothing": number(float, 0, 1),
+    "held_out": number(int, 0, 49_998),
+    "seed": number(int, 0, 2**63 - 1),
+    "device": device,
+    "precision": ("auto", "fp32", "bf16"),
+}
+
+
+def write_value(value):
+    """A setting as it is typed: (64, 128) is 64,128, {24: 0.5} is 24:0.5, and 10.0 is 10."""
+    return re.sub(r"[(){} ]|,(?=\))|\.0\b", "", str(value))
 
 
 def write_flag(key, value):
-    """A setting as it is typed: --lr 0.001, --set sizes=20:0.2,24:0.6"""
-    if key not in SET_PARSERS:
-        return f"--{key.replace('_', '-')} {value}"
-    return f"--set {key}=" + ",".join(":".join(map(str, item)) for item in list_items(value)).lower()
+    """--lr=0.001, --mirror or --no-mirror"""
+    flag = key.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag}={write_value(value)}"
 
 
-def list_given(args):
-    """{setting: value} of all that the command line sets."""
-    keys = ("recipe", "lr", "epochs", "batch_size", "augment", "seed", "device")
-    return {key: vars(args)[key] for key in keys if vars(args)[key] is not None} | dict(args.set or [])
+def list_settings(recipe):
+    """{setting: value} of a recipe."""
+    baseline = {key: value for key, (value, _) in BASELINE.items()}
+    return baseline | RECIPES[recipe] | {"recipe": recipe}
 
 
-def choose_settings(args):
-    """What defines the run: the recipe's values, those given on the command line, and where and how to compute."""
-    recipe = args.recipe or "baseline"
-    settings = {"recipe": recipe, **RECIPES[recipe], **DEFAULTS, **list_given(args)}
-    for key, (low, high) in LIMITS.items():
-        if not all(low <= item[0] <= high for item in list_items(settings[key])):
-            raise UsageError(f"{write_flag(key, settings[key])} must be from {low:,} to {high:,}")
-    if len(settings["widths"]) > 3 or not all(0 <= share <= 1 for _, share in settings["sizes"]):
-        raise UsageError("--set takes at most 3 widths (a fourth group leaves one pixel), and shares from 0 to 1")
-    if settings["mirror"] and (not settings["whiten"] or any(width % 4 for width in settings["widths"])):
-        raise UsageError("--set mirror=true needs whiten=true, and widths that can be divided by 4")
-    device = find_device(settings["device"])
-    return settings | {"device": device, "precision": choose_precision(device)}
+def make_parser(settings, add_help=True):
+    """The parser of the command line, with `settings` as its defaults."""
+    parser = argparse.ArgumentParser(usage="python train.py [options]", add_help=add_help)
+    for key, (_, meaning) in BASELINE.items():
+        text = f"{meaning} (default: {write_value(settings[key]) or 'none'})"
+        how = {"help": text.replace("%", "%%")}
+        reader = READERS.get(key)
+        if reader is None:
+            how["action"] = argparse.BooleanOptionalAction
+        elif callable(reader):
+            how["type"] = reader
+        else:
+            how["choices"] = reader
+        parser.add_argument("--" + key.replace("_", "-"), **how)
+    parser.set_defaults(**settings)
+    add = parser.add_argument
+    add("--data", default="datasets", help="folder of CIFAR-10, fetched if missing (default: datasets)")
+    add("--experiments", default="experiments", help="folder of all runs (default: experiments)")
+    add("--name", help="folder of this run (default: recipe, rate, augmentation, what else differs, and seed)")
+    add("--resume", action="store_true", help="continue the newest run of that name, or start it")
+    return parser
 
 
-# -------------------------------------------------------------------------------------------- one epoch of training
-def train_epoch(model, optimizer, loader, settings, step, steps):
+def read_settings(arguments, stored=None):
+    """The settings of a command line. A flag that is not given has the `stored` value, or else the recipe's."""
+    first = make_parser(list_settings("baseline"), add_help=False)
+    recipe = first.parse_known_args(arguments)[0].recipe
+    settings = make_parser(stored or list_settings(recipe)).parse_args(arguments)
+    in_fours = all(width % 4 == 0 for width in settings.widths)
+    in_eights = all(size % 8 == 0 for size in settings.sizes)
+    if settings.mirror and not (settings.whiten and in_fours and in_eights):
+        raise UsageError("--mirror needs --whiten, --widths that 4 divides, and --sizes that 8 divides")
+    return settings
+
+
+def find_device(name):
+    """The device of that name, "cpu", "cuda" or "mps"; for "auto" the first of "cuda", "mps" and "cpu" that works."""
+    for device in ("cuda", "mps", "cpu") if name == "auto" else (name,):
+        try:
+            pixel = torch.zeros(1, 1, 1, 1, device=device)
+            torch.conv2d(pixel, pixel).item()
+            return device
+        except (RuntimeError, AssertionError) as problem:  # none there, or one that this PyTorch does not support
+            reason = f"{device} cannot be used ({first_line(problem)})"
+            if name == "auto" and device == "cuda" and torch.cuda.is_available():
+                print(f"{reason}: continuing without it", flush=True)
+    raise UsageError(f"{reason}: try --device auto")
+
+
+def choose_precision(device):
+    """ "bf16" where matrix products in it are faster than in fp32, else "fp32"."""
+    if device != "cpu":  # older cards only emulate it
+        modern = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        return "bf16" if modern else "fp32"
+    # Half as many bytes can mean twice the speed, but only with the right instructions: on a CPU without them, and on
+    # some that have them, bf16 is slower. So both are timed, on a product small enough to take no time, and in turns,
+    # so that a moment in which the machine is busy slows both.
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    for dtype in 30 * list(seconds):
+        matrix = torch.ones(256, 256, dtype=dtype)
+        taken = timeit.timeit("matrix @ matrix", globals={"matrix": matrix}, number=1)
+        seconds[dtype].append(taken)
+    fp32, bf16 = map(min, seconds.values())
+    return "bf16" if bf16 < 0.75 * fp32 else "fp32"
+
+
+# --------------------------------------------------------------------------------------------------------- training
+def build(settings, images):
+    """A new network and its optimizer, built from a run's settings, on the device of `images`.
+
+    Args:
+        settings: what `read_settings` returns.
+        images: (N, 3, H, W) normalized images, a sample of the training set, for `whiten`.
+    """
+    torch.manual_seed(settings.seed)
+    model = ConvNet(settings.widths, settings.mirror)
+    # Channels last: the CPU's convolutions are 1.4 to 2 times as fast with an image's channels next to each other.
+    model.to(images.device, memory_format=torch.channels_last)
+    if settings.whiten:
+        model.whiten(images)
+    if settings.optimizer == "muon":
+        model.prepare_for_muon()
+        return model, Muon(model.parameters(), settings.lr, settings.batch_size)
+    return model, torch.optim.Adam(model.parameters(), settings.lr)
+
+
+def learning_rate(settings, step, steps):
+    """Adam's rate is constant. Muon's falls to 0: large steps get far, and small ones settle at the end."""
+    if settings.optimizer == "adam":
+        return settings.lr
+    return settings.lr * (1 - step / steps)
+
+
+def image_size(settings, step, steps):
+    """Height and width of the training images in a step."""
+    for size, share in settings.sizes.items():
+        if step < share * steps:
+            return size
+    return data.SIZE
+
+
+def accuracy(logits, labels):
+    """(B,) float64 on the CPU: 1 for each image whose largest logit is its label's, else 0."""
+    return (logits.argmax(1) == labels).cpu().double()
+
+
+# What is logged, for each image: a new metric is one more entry. The loss has no label smoothing, so that runs compare
+METRICS = {"loss": CrossEntropyLoss(reduction="none"), "accuracy": accuracy}
+
+
+def train_epoch(model, optimizer, loader, settings, step, steps, report):
     """Train for an epoch from step number `step` on; stop early at step number `steps`.
 
-    Yields, about twenty times an epoch, a point of the training curves (of the steps since the last point), and the
-    (loss, accuracy) of the epoch so far. These are means over images, without label smoothing, so that runs compare.
+    About twenty times it calls `report` with a point of the training curves: a dict of means over the images since the
+    last point. Returns the number of the next step, and the means over all images.
     """
-    criterion = CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
-    plain_loss = CrossEntropyLoss(reduction="sum")
-    count, every = min(len(loader), steps - step), max(1, round(len(loader) / 20))
-    recent, total = torch.zeros(2, 3, dtype=torch.float64)  # images, their summed loss, how many are right
-    disable = False if "ipykernel" in sys.modules else None  # None: a bar on a terminal only; False: always
-    batches = tqdm(itertools.islice(loader, count), total=count, leave=False, disable=disable, mininterval=0.5)
-    for number, (images, labels) in enumerate(batches, 1):
-        rate = settings["lr"]
-        if settings["muon"]:
-            optimizer.lr = rate = rate * (1 - step / steps)
-        size = next((size for size, share in settings["sizes"] if step < share * steps), images.shape[2])
-        images = data.resize(images, size)
-        logits, loss = train_step(model, optimizer, criterion, images, labels, settings["precision"])
+    criterion = CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    count = min(len(loader), steps - step)
+    every = max(1, round(len(loader) / 20))
+    recent, total = Counter(), Counter()  # sums over images
+
+    def means(sums):
+        return {f"train_{metric}": sums[metric] / sums["images"] for metric in METRICS}
+
+    batches = itertools.islice(loader, count)
+    bar = tqdm(batches, total=count, leave=False, disable=not is_watched(), mininterval=0.5)
+    said = time.monotonic()
+    for number, (images, labels) in enumerate(bar, 1):
+        rate = learning_rate(settings, step, steps)
+        optimizer.param_groups[0]["lr"] = rate
+        images = data.resize(images, image_size(settings, step, steps))
+        logits, loss = train_step(model, optimizer, criterion, images, labels, settings.precision)
         step += 1
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}: try a --lr below {settings['lr']:g}")
-        right = (logits.argmax(1) == labels).sum()
-        recent += torch.tensor([len(labels), plain_loss(logits, labels), right], dtype=torch.float64)
+            raise FloatingPointError(f"the loss is {loss} at step {step}: try a --lr below {settings.lr:g}")
+        recent["images"] += len(labels)
+        for metric, measure in METRICS.items():
+            recent[metric] += measure(logits, labels).sum().item()
         if number % every == 0 or number == count:
-            total += recent
-            means, means_so_far = ((sums[1:] / sums[0]).tolist() for sums in (recent, total))
-            recent.zero_()
-            point = {"epoch": step / len(loader), "step": step, "time": time.time(), "learning_rate": rate}
-            yield point | {"train_loss": means[0], "train_accuracy": means[1]}, means_so_far
+            now = {"epoch": step / len(loader), "step": step, "time": time.time()}
+            report(now | {"train_learning_rate": rate} | means(recent))
+            if not is_watched() and time.monotonic() - said > 60:
+                said = time.monotonic()
+                print(f"step {step} of {steps}", flush=True)
+            total.update(recent)  # adds to it
+            recent.clear()
+    return step, means(total)
 
 
-# --------------------------------------------------------------------------------------------------------- evaluation
+def is_watched():
+    """Whether somebody sees a progress bar: on a terminal or in a notebook, not in a log."""
+    return "ipykernel" in sys.modules or sys.stderr.isatty()
+
+
 @torch.no_grad()
+def predict(model, images, precision, tta=False):
+    """The logits of uint8 images; with `tta` the weighted mean over several views of each."""
+    logits = []
+    for part in images.split(250):
+        part = data.normalize(data.to_float(part))
+        views = data.views(part) if tta else [(part, 1)]
+        logits.append(sum(weight * forward(model, view, precision) for view, weight in views))
+    return torch.cat(logits)
+
+
 def evaluate(model, images, labels, precision, tta=False):
-    """Loss, accuracy and, with `tta`, accuracy with test-time augmentation (else None), in evaluation mode."""
-
-    def predict(images, views):
-        parts = (data.normalize(data.to_float(part)) for part in images.split(250))
-        return torch.cat([sum(w * forward(model, view, precision) for view, w in views(part)) for part in parts])
-
-    def measure_accuracy():
-        return (logits.argmax(1) == labels).sum().item() / len(labels)
-
+    """{"val_loss", "val_accuracy" and, with `tta`, "val_accuracy_tta"} of uint8 images, in evaluation mode."""
+    training = model.training
     model.eval()
-    logits = predict(images, lambda part: [(part, 1)])
-    loss = CrossEntropyLoss()(logits, labels).item()
-    accuracy, accuracy_tta = measure_accuracy(), None
-    if tta:  # only the images it is least sure of: other answers hardly ever change (Hiverge's speed-run, 2025)
-        unsure = logits.softmax(1).amax(1).argsort()[: math.ceil(len(labels) / 4)]
-        logits[unsure] = predict(images[unsure], data.views)
-        accuracy_tta = measure_accuracy()
-    model.train()
-    return loss, accuracy, accuracy_tta
+    logits = predict(model, images, precision)
+    means = {f"val_{metric}": measure(logits, labels).mean().item() for metric, measure in METRICS.items()}
+    if tta:  # only the quarter it is least sure of: other answers hardly ever change (Hiverge's speed-run, 2025)
+        certainty = logits.softmax(1).amax(1)
+        unsure = certainty.argsort()[: math.ceil(len(labels) / 4)]
+        logits[unsure] = predict(model, images[unsure], precision, tta=True)
+        means["val_accuracy_tta"] = accuracy(logits, labels).mean().item()
+    model.train(training)
+    return means
+
+
+# ---------------------------------------------------------------------------------------------------- files of a run
+def read_checkpoint(path, any_format=False):
+    """What a run has saved; UsageError if there is nothing, nothing intact, or nothing for this code."""
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")  # it may come from a GPU that is not here
+        version = saved["format"]
+    except FileNotFoundError:
+        raise UsageError(f"no run at {path.parent}: it has no {path.name}") from None
+    except Exception as problem:  # torch.load raises many kinds of error
+        reason = f"{path} is damaged, or no checkpoint ({first_line(problem)})"
+        raise UsageError(f"{reason}: remove its folder, or take another --name") from None
+    if version != FORMAT and not any_format:
+        reason = f"{path} was saved by another version of this code (format {version}, here {FORMAT})"
+        raise UsageError(f"{reason}: use that version, or start another run with --name")
+    return saved
 
 
 def load(folder):
-    """The trained net of a run, in evaluation mode, on the CPU; UsageError if the folder holds no checkpoint."""
+    """The trained net of a run, in evaluation mode, on the CPU; UsageError if the folder holds none for this code."""
     saved = read_checkpoint(Path(folder).expanduser() / "checkpoint.pt")
     model = ConvNet(saved["settings"]["widths"], saved["settings"]["mirror"])
     model.load_state_dict(saved["model"])
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------- files of a run
-def read_checkpoint(path):
-    """What a run has saved; UsageError if the file is no checkpoint of this train.py."""
+def first_line(problem):
+    """What went wrong, in one line."""
+    text = getattr(problem, "strerror", None) or str(problem)
+    return text.strip().split("\n")[0] or type(problem).__name__
+
+
+@contextlib.contextmanager
+def survive(path):
+    """Only the checkpoint can end a run: if anything else cannot be written or drawn, a line says so."""
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")  # it may come from a GPU that is not here
-        if saved["format"] != FORMAT:
-            raise ValueError
-    except Exception as problem:  # torch.load raises many kinds of error
-        raise UsageError(f"cannot load {path} with this train.py ({type(problem).__name__})") from None
-    return saved
+        yield
+    except Exception as problem:
+        print(f"train.py: cannot write {path} ({first_line(problem)}): continuing without it", file=sys.stderr)
 
 
 def write_tables(folder, settings, command, rows):
     """Write config.json (how to repeat the run) and metrics.csv (what each epoch measured)."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    config = {**settings, "command": command, "versions": versions, "threads": torch.get_num_threads()}
-    with data.survive_failure(folder / "config.json"):
-        data.write_file(folder / "config.json", json.dumps(config, indent=2).encode())
-    columns = (*COLUMNS, "val_accuracy_tta") if settings["tta"] else COLUMNS
-    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
-    with data.survive_failure(folder / "metrics.csv"):
-        data.write_file(folder / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    config = settings | {"command": command, "versions": versions, "threads": torch.get_num_threads()}
+    columns = rows[-1] if rows else ["epoch"]  # the last row has the most
+    table = csv.DictWriter(text := io.StringIO(), columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    files = {"config.json": json.dumps(config, indent=2), "metrics.csv": text.getvalue()}
+    for name, content in files.items():
+        with survive(folder / name):
+            data.write_file(folder / name, content.encode())
 
 
 class Events:
     """What TensorBoard shows of a run: its curves and its settings (HPARAMS).
 
-    Each start of a run begins a new file, tells TensorBoard to drop the older events (to purge from step 0), and writes
-    those again with their old times. So each step is shown once, even after a kill and while TensorBoard stays open.
-    (The thread of tensorboardX's SummaryWriter would die of a full disk unnoticed.)
+    Each start of a run opens a new file, has TensorBoard drop the older events, and writes those again with their old
+    times. So each step is shown once, even after a kill and while TensorBoard stays open. (The thread of tensorboardX's
+    SummaryWriter would die of a full disk unnoticed.)
     """
 
-    def __init__(self, folder, settings):
-        self.path, self.settings = folder / "events", settings
-        self.writer, self.epochs = None, -1
+    def __init__(self, path, settings):
+        self.path = path
+        self.settings = settings
+        self.writer = None
+        self.written = 0
 
-    def write(self, points, rows):
-        """Write what is new in `points` (training) and `rows` (validation). After a failure, retry once an epoch."""
-        if self.writer is None and len(rows) == self.epochs:
-            return
-        writer, self.writer, self.epochs = self.writer, None, len(rows)  # None until this write has succeeded
-        with data.survive_failure(self.path):
-            if not writer:
-                writer, self.written = EventsWriter(str(self.path), f".{time.time_ns()}"), (0, 0)
-                writer.write_event(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
-                values = {k: str(v) if isinstance(v, tuple) else v for k, v in self.settings.items()}
-                for summary in hparams(values, dict.fromkeys([*TRAINING_TAGS, *VALIDATION_TAGS], 0)):
-                    writer.write_event(Event(wall_time=time.time(), summary=summary))
-            for tags, new in ((TRAINING_TAGS, points[self.written[0] :]), (VALIDATION_TAGS, rows[self.written[1] :])):
-                for (tag, column), one in itertools.product(tags.items(), new):
-                    writer.write_event(Event(wall_time=one["time"], step=one["step"], summary=scalar(tag, one[column])))
+    def write(self, points):
+        """Write the new ones of a run's points; at first, and after a failure, all of them."""
+        writer, self.writer = self.writer, None  # until this has succeeded
+        with survive(self.path):
+            if writer is None:
+                writer, self.written = self.open(), 0
+            for point in points[self.written :]:
+                for key, value in point.items():
+                    part, _, metric = key.partition("_")
+                    if metric:  # train_loss becomes loss/train, in one chart with all runs, beside loss/val
+                        summary = scalar(f"{metric}/{part}", value)
+                        writer.write_event(Event(wall_time=point["time"], step=point["step"], summary=summary))
             writer.flush()
-            self.writer, self.written = writer, (len(points), len(rows))
+            self.writer, self.written = writer, len(points)
+
+    def open(self):
+        """A new file, which tells TensorBoard to purge everything from step 0 on."""
+        writer = EventsWriter(str(self.path), f".{time.time_ns()}")
+        writer.write_event(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
+        values = dict(
+            self.settings, widths=write_value(self.settings["widths"]), sizes=write_value(self.settings["sizes"])
+        )
+        metrics = {f"{metric}/val": 0 for metric in METRICS}
+        for summary in hparams(values, metrics):
+            writer.write_event(Event(wall_time=time.time(), summary=summary))
+        return writer
 
 
 def read_curves(experiments):
-    """{name: (points, rows)} of every run under `experiments` that has come to the end of an epoch."""
+    """{run: {"train_loss": (epochs, values), "val_loss": ...}} of all runs under `experiments`, of any format."""
     runs = {}
     for path in sorted(experiments.glob("*/checkpoint.pt")):
-        with contextlib.suppress(UsageError):  # not a run
-            saved = read_checkpoint(path)
-            runs[path.parent.name] = saved["points"], saved["rows"]
+        try:
+            saved = read_checkpoint(path, any_format=True)
+            curves = {}
+            for metric in METRICS:
+                curves[f"train_{metric}"] = find_curve(saved["points"], f"train_{metric}")
+                curves[f"val_{metric}"] = find_curve(saved["rows"], f"val_{metric}")
+            runs[path.parent.name] = curves
+        except Exception as problem:  # whatever other code may have saved there
+            print(f"train.py: curves.png leaves out {path.parent} ({first_line(problem)})", file=sys.stderr)
     return runs
 
 
+def find_curve(points, key):
+    """The epochs and values of a curve; an older run may lack it."""
+    if not points:
+        raise ValueError("no epoch is finished")
+    found = [point for point in points if key in point]
+    return [float(point["epoch"]) for point in found], [float(point[key]) for point in found]
+
+
 def draw_curves(path, runs):
-    """Draw loss and accuracy of `runs`, {name: (points of training, rows of validation)}, in one picture (Figure 2)."""
-    figure = data.new_figure(11, 4.4 + 0.11 * len(runs))
-    last = max([1, *(rows[-1]["epoch"] for _, rows in runs.values())])
-    for metric, panel in zip(("loss", "accuracy"), figure.subplots(1, 2), strict=True):
-        for number, (name, (points, rows)) in enumerate(runs.items()):
-            color, again = COLORS[number % len(COLORS)], number // len(COLORS)  # from the 8th on, other shapes as well
-            label = " " + name.replace("$", r"\$")  # matplotlib hides _names and reads $...$ as a formula
-            training = [row["epoch"] for row in points], [row[f"train_{metric}"] for row in points]
-            panel.plot(*training, "." + ("--", ":", "-.")[again % 3], color=color, linewidth=1, markersize=1)
-            validation = [row["epoch"] for row in rows], [row[f"val_{metric}"] for row in rows]
-            panel.plot(*validation, "os^Dv"[again % 5] + "-", color=color, linewidth=1, markersize=5, label=label)
-        panel.set(title=f"{metric}: training dashed, validation solid", xlabel="epoch", xlim=(0, 1.02 * last))
+    """Draw the curves of `runs`, from `read_curves`, in one picture with a panel for each metric (Figure 2)."""
+    from matplotlib.figure import Figure  # not at the top: that takes longer than the first steps of training
+
+    labels = [write_label(name) for name in runs]
+    columns = 2 if max(map(len, labels), default=0) <= 32 else 1
+    figure = Figure(figsize=(11, 4.2 + 0.22 * math.ceil(len(labels) / columns)), layout="constrained")
+    for metric, panel in zip(METRICS, figure.subplots(1, len(METRICS)), strict=True):
+        for number, curves in enumerate(runs.values()):
+            marker = "os^Dv"[number % 5]  # with 7 colors, 35 runs look different
+            look = {"color": COLORS[number % 7], "linewidth": 1}
+            panel.plot(*curves[f"train_{metric}"], "--" + marker, markersize=1, **look)
+            panel.plot(*curves[f"val_{metric}"], "-" + marker, markersize=5, label=labels[number], **look)
+        last = max(1, panel.get_xlim()[1])
+        panel.set(title=f"{metric}: training dashed, validation solid", xlabel="epoch", xlim=(0, last))
         panel.locator_params(axis="x", integer=True)
         panel.grid(alpha=0.3)
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    legend = panel.get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=columns, frameon=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters of a name that the font does not have
-        data.save_figure(figure, path, dpi=110)
+        figure.savefig(picture := io.BytesIO(), dpi=110)
+    data.write_file(path, picture.getvalue())
+
+
+def write_label(name):
+    """A run's name for the legend: only text, not too long, and neither hidden (_name) nor a formula ($...$)."""
+    name = os.fsencode(name).decode(errors="replace")
+    if len(name) > 66:
+        name = f"{name[:31]}...{name[-32:]}"
+    return " " + name.replace("$", r"\$")
 
 
 # ---------------------------------------------------------------------------------------------------------- one run
-def claim_folder(args, settings):
-    """The run's folder: a new one or, with --resume, the last saved one of that name, if there is any.
+def name_run(settings):
+    """The recipe, the rate, the augmentation, every other setting that differs from the recipe, and the seed."""
+    name = f"{settings.recipe}-lr{write_value(settings.lr)}-{settings.augment}"
+    for key, default in list_settings(settings.recipe).items():
+        value = vars(settings)[key]
+        if value != default and key not in ("lr", "augment", "seed", "device"):
+            name += write_flag(key, value)[1:]
+    return f"{name}-seed{settings.seed}".replace(":", ",")  # Windows allows no colon
 
-    A run claims its name by making the folder: of two that start at once only one can. The other takes the next name
-    or, if it was given a --name, is refused.
+
+def claim_folder(settings):
+    """The run's folder: a new one or, with --resume, the newest of its name, if there is any.
+
+    A run claims its folder by making it: if two runs start at once, only one can make it. The other one takes the next
+    number or, with --name, is refused.
     """
-    default = RECIPES[settings["recipe"]] | DEFAULTS
-    changed = [write_flag(key, settings[key]) for key in SET_PARSERS if settings[key] != default[key]]
-    changed = "".join(changed).replace("--set ", "-").replace(":", ",")  # Windows allows no colon
-    name = "{recipe}-lr{lr:g}-{augment}{changed}-seed{seed}".format(changed=changed, **settings)
-    names = [name, *(f"{name}-{number}" for number in range(2, 1000))] if args.name is None else [args.name]
+    names = [settings.name]
+    if settings.name is None:
+        name = name_run(settings)
+        names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
     if names[0] in ("", ".", "..") or Path(names[0]).name != names[0] or "\\" in names[0]:
         raise UsageError(f"--name {names[0]!r} must be the name of one folder, without slashes")
-    folders = [Path(args.experiments).expanduser() / name for name in names]
-    if args.resume:
-        saved = [folder for folder in folders if (folder / "checkpoint.pt").exists()]
-        folders = [max(saved, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime, default=folders[0])]
+    folders = [Path(settings.experiments).expanduser() / name for name in names]
+    taken = [folder for folder in folders if folder.exists()]
+    mine = [folder for folder in taken if os.access(folder, os.W_OK)]  # in a shared folder, not a mate's
+    if settings.resume and mine:
+        return mine[-1]
+    if taken and len(folders) > 1:
+        folders = folders[folders.index(taken[-1]) + 1 :]  # a new run has the highest number
     for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=args.resume)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            if not folder.is_dir():  # something else stands in its way
-                raise
     raise UsageError(f"{folder} is there already: choose another --name, or continue that run with --resume")
 
 
-def continue_settings(saved, args, settings, folder):
-    """The settings that a run was started with, once it is clear that the command line does not contradict them."""
-    stored, given, done = saved["settings"], list_given(args), saved["rows"][-1]["epoch"]
-    if "device" in given and settings["device"] != stored["device"]:
-        stored |= {key: settings[key] for key in ("device", "precision")}
-    # After whole epochs at a constant rate and size, no step has depended on the number of epochs
-    scheduled = stored["muon"] or stored["sizes"]
-    if given.get("epochs", 0) >= done == int(done) and not scheduled:
-        stored["epochs"] = given["epochs"]
-    for key, value in given.items():
-        if key != "device" and value != stored[key]:
-            reason = " and a schedule that depends on it" if key == "epochs" and scheduled else ""
-            raise UsageError(
-                f"{folder} was started with {write_flag(key, stored[key])}{reason}: drop that flag to resume it, "
-                "or name another run with --name"
-            )
-    return stored
-
-
-def run(args):
-    """One run, from its settings to its curves."""
-    settings, command = choose_settings(args), shlex.join(["python", *sys.argv])
-    train_set, val_set = data.load_cifar10(args.data)
-    folder = claim_folder(args, settings)
-    checkpoint = folder / "checkpoint.pt"
-    saved = read_checkpoint(checkpoint) if checkpoint.exists() else None
-    if saved:
-        epochs, settings = saved["settings"]["epochs"], continue_settings(saved, args, settings, folder)
-        command = saved["command"] + (f" && {command}" if settings["epochs"] != epochs else "")
-    device, precision = find_device(settings["device"]), settings["precision"]
-    if held_out := settings["held_out"]:
-        train_set, val_set = zip(*((part[:-held_out], part[-held_out:]) for part in train_set), strict=True)
-    train_set, val_set = ([tensor.to(device) for tensor in part] for part in (train_set, val_set))
-
+def lock_folder(folder):
+    """A lock on the run, held until this process ends, even by SIGKILL; UsageError if another process has it."""
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)  # held until this process ends, even by SIGKILL
+        return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
-        raise UsageError(f"{folder} is in use: another process is training that run") from None
-    with lock:
-        start = time.perf_counter()  # making the net counts as training time
-        model, optimizer = build(settings, data.normalize(data.to_float(train_set[0][:1000])))
-        generator = torch.Generator().manual_seed(settings["seed"])
-        loader = data.Loader(*train_set, settings["batch_size"], settings["augment"], generator)
-        steps = max(1, round(settings["epochs"] * len(loader)))
-        step, points, rows, seconds = 0, [], [], time.perf_counter() - start
-        if checkpoint.exists():
-            saved = read_checkpoint(checkpoint)  # again: another process may have saved before it let go of the lock
-            try:
-                step, points, rows, seconds = (saved[key] for key in ("step", "points", "rows", "train_seconds"))
-                loader.epoch = len(rows)
-                model.load_state_dict(saved["model"])
-                optimizer.load_state_dict(saved["optimizer"])
-                generator.set_state(saved["generator"])  # after Loader, which draws its flips from the seed
-            except Exception as problem:
-                reason = f"does not fit this net and optimizer ({type(problem).__name__}): take another --name"
-                raise UsageError(f"{checkpoint} {reason}") from None
-        how = "is finished" if step == steps else f"continues after step {step} of {steps}" if saved else "starts"
-        print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {precision}: {how}", flush=True)
+        raise UsageError(f"{folder} is in use by another process: wait, or choose another --name") from None
+    except OSError as problem:
+        if problem.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):  # a file system without locks
+            raise
+        print(f"{folder} cannot be locked ({first_line(problem)}): do not resume it twice at once", flush=True)
+        return contextlib.nullcontext()
 
-        for left_over in folder.glob("*.part"):  # of killed writers
-            left_over.unlink()
-        write_tables(folder, settings, command, rows)
-        events = Events(folder, settings)
-        events.write(points, rows)
-        while step < steps:
-            start = time.perf_counter()
-            for point, means_so_far in train_epoch(model, optimizer, loader, settings, step, steps):  # noqa: B007
-                points.append(point)
-                events.write(points, rows)
-            step, seconds = points[-1]["step"], seconds + time.perf_counter() - start
 
-            tta = settings["tta"] and step == steps
-            *validation, accuracy_tta = evaluate(model, *val_set, precision, tta)
-            if not math.isfinite(validation[0]):  # do not overwrite a good checkpoint
-                raise FloatingPointError(f"the validation loss is {validation[0]}: try a --lr below {settings['lr']:g}")
-            row = dict(zip(COLUMNS, (step / len(loader), step, seconds, *means_so_far, *validation), strict=True))
-            rows.append(row | {"time": time.time()} | ({"val_accuracy_tta": accuracy_tta} if tta else {}))
-            state = {  # all that it takes to resume the run or to load its net
-                "format": FORMAT, "settings": settings, "command": command, "points": points, "rows": rows,
-                "step": step, "train_seconds": seconds, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
-            }  # fmt: skip
-            torch.save(state, buffer := io.BytesIO())
-            data.write_file(checkpoint, buffer.getvalue(), patience=10)
-            write_tables(folder, settings, command, rows)
-            events.write(points, rows)
-            print(
-                f"epoch {row['epoch']:.4g} of {steps / len(loader):.4g}: "
-                "training loss {train_loss:.4f}, accuracy {train_accuracy:.2%}, "
-                "validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}, ".format(**row)
-                + (f"with test-time augmentation {accuracy_tta:.2%}, " if tta else "") + f"{seconds:.1f} s", flush=True,
-            )  # fmt: skip
+def wait_for(path):
+    """Acquire a lock of `take_turn`; if that takes long, a line says why."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=2)
+    except Timeout:
+        holder = path.with_name("holder").read_text()
+        hint = "if it is suspended, continue or end it; with OMP_NUM_THREADS=1 set for both, they train side by side"
+        print(f"waiting for process {holder}, which is training on this CPU ({hint})", flush=True)
+        return lock.acquire()
+
+
+@contextlib.contextmanager
+def take_turn(settings):
+    """Have the CPU for a stretch of training: this user's runs on one machine take turns.
+
+    Side by side they would be several times slower: PyTorch's threads wait for each other, and meanwhile other runs
+    have their cores. Whoever holds `queue` is next, so a run that has just had its turn cannot overtake. Nobody waits
+    on a GPU, with OMP_NUM_THREADS set, or where these locks cannot be had. A killed process lets go of its locks.
+    """
+    with contextlib.ExitStack() as turn:
+        if settings.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            with contextlib.suppress(OSError):
+                user = getattr(os, "getuid", int)()  # Windows has none, but a temporary folder for each user
+                folder = Path(tempfile.gettempdir(), f"train.py-{user}")
+                folder.mkdir(exist_ok=True)
+                with wait_for(folder / "queue"):
+                    turn.enter_context(wait_for(folder / "turn"))
+                (folder / "holder").write_text(str(os.getpid()))
+        yield
+
+
+def continue_run(saved, folder):
+    """The settings of a saved run, with what the command line may change; UsageError if it contradicts the run.
+
+    It may change the device, and with it the precision. After whole epochs at a constant rate and image size, no step
+    has depended on the number of epochs, so that may change as well.
+    """
+    stored = saved["settings"]
+    settings = read_settings(sys.argv[1:], stored | {"precision": "auto"})
+    settings.device = find_device(settings.device)
+    moved = settings.device != stored["device"]
+    if settings.precision == "auto" and not moved:
+        settings.precision = stored["precision"]
+    done = saved["rows"][-1]["epoch"]
+    scheduled = settings.optimizer != "adam" or settings.sizes
+    extended = settings.epochs >= done == int(done) and not scheduled
+    free = {"device": True, "precision": moved, "epochs": extended}
+    for key, value in stored.items():
+        given = vars(settings)[key]
+        if given != value and not free.get(key):
+            flags = f"{write_flag(key, value)}, not {write_flag(key, given)}"
+            reason = " (its schedule depends on it)" if key == "epochs" and scheduled else ""
+            advice = "leave that flag out, or start another run with --name"
+            raise UsageError(f"{folder} was started with {flags}{reason}: {advice}")
+    return settings
+
+
+def run():
+    """One run, from its settings to its curves."""
+    settings = read_settings(sys.argv[1:])
+    settings.device = find_device(settings.device)
+    train_set, val_set = data.load_cifar10(settings.data)
+    folder = claim_folder(settings)
+    with lock_folder(folder):
+        saved = None
+        if (folder / "checkpoint.pt").exists():
+            saved = read_checkpoint(folder / "checkpoint.pt")
+            settings = continue_run(saved, folder)
+        if settings.precision == "auto":
+            settings.precision = choose_precision(settings.device)
+        if count := settings.held_out:
+            images, labels = train_set
+            train_set, val_set = (images[:-count], labels[:-count]), (images[-count:], labels[-count:])
+        try:
+            train(settings, train_set, val_set, folder, saved)
+        except KeyboardInterrupt:
+            again = shlex.join(["python", *sys.argv, f"--name={folder.name}", "--resume"])
+            print(f"\nstopped. To go on after the last finished epoch:\n{again}", file=sys.stderr)
+            raise
         curves = folder.parent / "curves.png"
-        with data.survive_failure(curves):
+        with survive(curves):
             draw_curves(curves, read_curves(folder.parent))
     print(f"finished: {folder / 'metrics.csv'}, curves of all runs in {curves}")
 
 
+def train(settings, train_set, val_set, folder, saved):
+    """Train from the beginning or, if something is `saved`, from there on; evaluate and save after each epoch."""
+    train_set = [tensor.to(settings.device) for tensor in train_set]
+    val_set = [tensor.to(settings.device) for tensor in val_set]
+    with take_turn(settings):
+        start = time.perf_counter()  # making the net counts as training time
+        sample = data.normalize(data.to_float(train_set[0][:1000]))
+        model, optimizer = build(settings, sample)
+        generator = torch.Generator().manual_seed(settings.seed)
+        loader = data.Loader(*train_set, settings.batch_size, settings.augment, generator)
+        seconds = time.perf_counter() - start
+    step, steps = 0, max(1, round(settings.epochs * len(loader)))
+    points, rows, how = [], [], "starts"
+    stored = {key: vars(settings)[key] for key in BASELINE}
+    command = shlex.join(["python", *sys.argv])
+    if saved:
+        points, rows = saved["points"], saved["rows"]
+        step, seconds = rows[-1]["step"], rows[-1]["train_seconds"]
+        how = "is finished" if step == steps else f"continues after step {step} of {steps}"
+        longer = settings.epochs > saved["settings"]["epochs"]
+        command = f"{saved['command']} && {command}" if longer else saved["command"]
+        loader.epoch = len(rows)
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            generator.set_state(saved["generator"])  # after Loader, which draws its flips from the seed
+        except (RuntimeError, ValueError, KeyError) as problem:
+            reason = f"does not fit this net and optimizer ({first_line(problem)})"
+            raise UsageError(f"{folder / 'checkpoint.pt'} {reason}: start another run with --name") from None
+
+    threads = torch.get_num_threads()
+    print(f"run {folder} on {settings.device}, {threads} threads, {settings.precision}: {how}", flush=True)
+    for left_over in (*folder.glob("*.part"), *folder.parent.glob("*.part")):  # of killed writers
+        left_over.unlink(missing_ok=True)
+    write_tables(folder, stored, command, rows)
+    events = Events(folder / "events", stored)
+    events.write(points)
+
+    def report(point):
+        points.append(point)
+        if events.writer:  # after a failure, try again only once per epoch
+            events.write(points)
+
+    while step < steps:
+        with take_turn(settings):
+            start = time.perf_counter()
+            step, training = train_epoch(model, optimizer, loader, settings, step, steps, report)
+            seconds += time.perf_counter() - start
+            tta = settings.tta and step == steps  # it takes time, so only at the end
+            validation = evaluate(model, *val_set, settings.precision, tta)
+        if not math.isfinite(validation["val_loss"]):  # do not overwrite a good checkpoint
+            raise FloatingPointError(f"the validation loss is not finite: try a --lr below {settings.lr:g}")
+
+        now = {"epoch": step / len(loader), "step": step}
+        points.append(now | {"time": time.time()} | validation)
+        rows.append(now | {"train_seconds": seconds} | training | validation)
+        state = {  # all that it takes to resume the run or to load its net
+            "format": FORMAT,
+            "settings": stored,
+            "command": command,
+            "points": points,
+            "rows": rows,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state(),
+        }
+        torch.save(state, buffer := io.BytesIO())
+        data.write_file(folder / "checkpoint.pt", buffer.getvalue(), patience=10)
+        write_tables(folder, stored, command, rows)
+        events.write(points)
+        print(describe(rows[-1], steps), flush=True)
+
+
+def describe(row, steps):
+    """What an epoch has measured, as a line."""
+    line = (
+        "step {step} of {steps} (epoch {epoch:.3g}): training loss {train_loss:.4f}, accuracy {train_accuracy:.2%}, "
+        "validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}, "
+    )
+    if "val_accuracy_tta" in row:
+        line += "with test-time augmentation {val_accuracy_tta:.2%}, "
+    return (line + "{train_seconds:.1f} s").format(steps=steps, **row)
+
+
 # ------------------------------------------------------------------------------------------------------------- main
+def stop(number, frame):
+    """Ctrl-C and SIGTERM end the run in order. A second one ends it at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def fail(code, message):
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
 def main():
-    data.prepare_streams()
-    parser = make_parser()
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # treat it like Ctrl-C
+    data.prepare_script()
+    if "ipykernel" not in sys.modules:  # a notebook has handlers of its own
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
     try:
-        run(args)
+        run()
     except UsageError as problem:
-        parser.exit(2, f"train.py: {problem}\n")
-    except (MemoryError, torch.cuda.OutOfMemoryError):
-        parser.exit(1, "train.py: out of memory: try a smaller --batch-size\n")
-    except (data.DataError, FloatingPointError, OSError) as problem:
-        parser.exit(1, f"train.py: {problem}\n")
+        fail(2, problem)
+    except (MemoryError, RuntimeError) as problem:
+        refused = isinstance(problem, (MemoryError, torch.cuda.OutOfMemoryError))
+        if not refused and "allocate memory" not in str(problem):
+            raise
+        fail(1, "out of memory: close other programs, or train a narrower net (--widths)")
+    except (data.DataError, FloatingPointError) as problem:
+        fail(1, problem)
+    except OSError as problem:
+        where = f": {problem.filename}" if problem.filename else ""
+        fail(1, f"{first_line(problem)}{where} (once that is mended, --resume goes on)")
     except KeyboardInterrupt:
-        parser.exit(130, "\nstopped: the same command with --resume continues after the last finished epoch\n")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Make every table and picture of README again, from real runs on the real data.
 
-    python results/make.py                 train what results/runs.csv lacks, then draw (all of it: two hours)
+    python results/make.py                 train the runs missing from results/runs.csv, then draw (all: two hours)
     python results/make.py rates           train for one study only: rates, augmentation, tricks or speed
     python results/make.py none            train nothing, only draw
 
-Every run is a command line of train.py. What it measured becomes lines of runs.csv, one an epoch, and is not measured
-again until you take those lines out. Pictures of single runs are drawn from its folder in experiments/report/.
+Every run is a command line of train.py. Each run adds one row per epoch to runs.csv. Delete its rows to measure it
+again. Pictures of single runs are drawn from their folders in experiments/report/.
 """
 
 import argparse
 import csv
 import functools
+import io
 import os
 import re
 import shlex
@@ -22,7 +23,8 @@ import time
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,16 +36,17 @@ import visualize_aug  # noqa: E402
 
 RESULTS = ROOT / "results"
 REPORT = ROOT / "experiments" / "report"
-COLUMNS = ("run", "seed", *train.COLUMNS, "val_accuracy_tta", "whole_seconds", "peak_gib", "gflops")
+MEASURED = ("epoch", "step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+COLUMNS = ("run", "seed", *MEASURED, "val_accuracy_tta", "whole_seconds", "peak_gib", "gflops")
 
 # The quick recipe taken apart: each trick adds to those before it. The first trains the same net the baseline's way.
-PLAIN = "--recipe quick --set sizes= --set label_smoothing=0"
+PLAIN = "--recipe quick --sizes= --label-smoothing 0"
 TRICKS = {
-    "Adam at 1e-3": f"{PLAIN} --set mirror=false --set whiten=false --set muon=false --lr 1e-3",
-    "Muon, rate falling to 0": f"{PLAIN} --set mirror=false --set whiten=false",
-    "whitened stem, identity start": f"{PLAIN} --set mirror=false",
+    "Adam at 1e-3": f"{PLAIN} --no-mirror --no-whiten --optimizer adam --lr 1e-3",
+    "Muon, rate falling to 0": f"{PLAIN} --no-mirror --no-whiten",
+    "whitened stem, identity start": f"{PLAIN} --no-mirror",
     "mirrored filters": PLAIN,
-    "label smoothing": "--recipe quick --set sizes=",
+    "label smoothing": "--recipe quick --sizes=",
     "small pictures first: `quick`": "--recipe quick",
 }
 LADDER = {"baseline": "--lr 1e-3"} | {name: f"--recipe {name}" for name in [*train.RECIPES][1:]}
@@ -79,8 +82,11 @@ def train_once(run, seed):
     """Train by that command line, in a process of its own; the rows for runs.csv."""
     folder = find_folder(run, seed)
     if folder.exists():
-        with FileLock(folder / ".lock", timeout=0):  # unless it is just being trained
-            shutil.rmtree(folder)
+        try:
+            with FileLock(folder / ".lock", timeout=0):
+                shutil.rmtree(folder)
+        except Timeout:
+            sys.exit(f"make.py: {folder} is in use: wait until its run has ended")
     command = [sys.executable, "train.py", *run.split(), "--seed", str(seed)]
     command += ["--device", "cpu", "--experiments", str(REPORT), "--name", folder.name]
     print(f"{run} --seed {seed}", flush=True)
@@ -178,7 +184,8 @@ def write_tables(runs):
 
 # --------------------------------------------------------------------------------------------------------- pictures
 def save(figure, name):
-    data.save_figure(figure, RESULTS / name, dpi=110)
+    figure.savefig(picture := io.BytesIO(), format=name.split(".")[1], dpi=110)
+    data.write_file(RESULTS / name, picture.getvalue())
     print(f"wrote results/{name}", flush=True)
 
 
@@ -197,7 +204,7 @@ def draw_network():
         if type(layer) in names:
             layer.register_forward_hook(look)
     model(torch.zeros(1, 3, 32, 32))
-    figure = data.new_figure(11, 2.8)
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
     axes, left = figure.subplots(), 0
     for name, (channels, *sides) in shapes:
         width, height = 0.3 + channels / 80, sides[0] if sides else 1
@@ -212,7 +219,7 @@ def draw_network():
 
 def draw_ladder(runs):
     """Accuracy against time, of every recipe, beside the assignment's own marks."""
-    figure = data.new_figure(8, 4.4)
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
     for (low, high), score in {(40, 50): 2, (50, 60): 4, (60, 70): 6, (70, 75): 8, (75, 96): 10}.items():
         axes.axhspan(low, high, color=train.COLORS[2], alpha=score / 55, linewidth=0)
@@ -236,22 +243,22 @@ def draw_ladder(runs):
     save(figure, "ladder.png")
 
 
-def draw_curves(runs):
-    """Figure 2, the curves at three rates; and Figure 4, those of the best run."""
+def draw_curves():
+    """Figure 2, the curves at three rates; and Figure 4, the curves of the best recipe. Both show seed 0."""
     curves = train.read_curves(REPORT)
-    rates = {f"python train.py {run}": find_folder(run, 0).name for run in RATES.values()}
-    seeds = runs.get(LADDER["best"], {})
-    seed = max(seeds, key=lambda seed: float(seeds[seed][-1]["val_accuracy"]), default=0)
-    best = {f"python train.py {LADDER['best']} --seed {seed}": find_folder(LADDER["best"], seed).name}
-    for name, shown in (("figure2.png", rates), ("figure4.png", best)):
-        if all(folder in curves for folder in shown.values()):
-            train.draw_curves(RESULTS / name, {label: curves[folder] for label, folder in shown.items()})
+    for name, shown in (("figure2.png", [*RATES.values()]), ("figure4.png", [LADDER["best"]])):
+        missing = [run for run in shown if find_folder(run, 0).name not in curves]
+        for run in missing:
+            command = f"python train.py {run} --experiments experiments/report --name {find_folder(run, 0).name}"
+            print(f"results/{name} is not drawn again; its run is missing. This makes it: {command}")
+        if not missing:
+            labels = {f"python train.py {run}": curves[find_folder(run, 0).name] for run in shown}
+            train.draw_curves(RESULTS / name, labels)
             print(f"wrote results/{name}", flush=True)
-        else:
-            print(f"results/{name} is not drawn again: its runs are not in {REPORT}")
 
 
 def main():
+    data.prepare_script()
     parser = argparse.ArgumentParser(description="Make every table and picture of README again.")
     parser.add_argument("study", nargs="?", choices=[*STUDIES, "none"], help="the study to train for (default: all)")
     study = parser.parse_args().study
@@ -266,7 +273,7 @@ def main():
     draw_network()
     save(visualize_aug.draw(visualize_aug.read(ROOT / "Lenna.png")), "figure3.jpg")  # as JPEG, a fraction of the bytes
     draw_ladder(runs)
-    draw_curves(runs)
+    draw_curves()
 
 
 if __name__ == "__main__":

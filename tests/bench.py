@@ -87,14 +87,14 @@ def cross_entropy(samples, smoothing):
 
 def data_share(recipe, steps=6):
     """The share of an epoch's time that goes into shuffling, augmenting, resizing and normalizing."""
-    settings = {**train.RECIPES[recipe], "seed": 0}
+    settings = train.read_settings(["--recipe", recipe])
     train_set, _ = data.load_cifar10(ROOT / "datasets")
     model, optimizer = train.build(settings, data.normalize(data.to_float(train_set[0][:2000])))
-    criterion = loss.CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
+    criterion = loss.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     precision = train.choose_precision("cpu")
-    loader = data.Loader(*train_set, settings["batch_size"], settings["augment"], torch.Generator())
+    loader = data.Loader(*train_set, settings.batch_size, settings.augment, torch.Generator())
     data_seconds = step_seconds = done = 0
-    for size, share in (*settings["sizes"], (32, 1)):
+    for size, share in (*settings.sizes.items(), (data.SIZE, 1)):
         batches = iter(loader)
         loading = stepping = 0
         for step in range(steps + 2):

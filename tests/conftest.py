@@ -1,7 +1,6 @@
 """What several test files share: a script run inside this process, and train.py on a tiny set in place of CIFAR-10."""
 
 import contextlib
-import functools
 import io
 import itertools
 import os
@@ -19,7 +18,7 @@ import train
 
 # The tests fork and compare bit for bit, and neither goes with a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-torch.backends.mps.is_available = functools.wraps(torch.backends.mps.is_available)(lambda: False)
+os.environ["OMP_NUM_THREADS"] = "1"  # and with it set, no run waits for its turn
 ROOT = Path(data.__file__).parent
 # Threads only get in each other's way with arrays as small as the tests'; and a run here can be compared bit for bit
 # with one in another process, as sums come out the same only in the same order.
@@ -76,6 +75,7 @@ def make_tiny(monkeypatch, default_cwd=None):
     monkeypatch.setattr(data, "load_cifar10", load_tiny)
     # It goes by the clock, so on a busy machine two runs would differ
     monkeypatch.setattr(train, "choose_precision", lambda device: "fp32")
+    monkeypatch.setitem(train.BASELINE, "device", ("cpu", "the tests compare bit for bit"))
     for recipe in train.RECIPES.values():
         monkeypatch.setitem(recipe, "widths", (8, 8, 8))
         monkeypatch.setitem(recipe, "batch_size", 16)
@@ -100,7 +100,7 @@ def finished(tmp_path_factory):
         outcome = make_tiny(monkeypatch, cwd)("--lr", "1e-3", "--epochs", 3)
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stderr == ""  # no warning either
-    return cwd / "experiments" / "baseline-lr0.001-none-seed0"
+    return cwd / "experiments" / "baseline-lr0.001-none-epochs=3-seed0"
 
 
 @pytest.fixture

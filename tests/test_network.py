@@ -8,7 +8,9 @@ import torch
 from conftest import seeded
 from torch.nn import functional as F
 
+import data
 import network
+import train
 from loss import CrossEntropyLoss
 
 
@@ -100,61 +102,50 @@ def test_symmetrized_filters_mirror_the_outputs_of_a_mirrored_image_with_swapped
             torch.testing.assert_close(filters[c, d], (before[c, d] + other) / 2)
 
 
-@pytest.mark.parametrize("size, muon", [(32, True), (24, True), (32, False)])
-def test_filters_of_a_mirror_net_stay_symmetric_so_that_it_gives_mirror_images_the_same_logits(size, muon):
-    images = noise(6, 3, size, size)
-    for mirror in (True, False):
-        model, optimizer = build(widths=(24, 32, 20), whiten=True, muon=muon, mirror=mirror)
-        for step in range(3):
-            batch, targets = noise(6, 3, size, size, seed=step), torch.arange(6) + step
-            network.train_step(model, optimizer, CrossEntropyLoss(), batch, targets, "fp32")
-        for filters in model.filters():
-            network.symmetrize(same := filters.detach().clone())
-            assert ((same - filters).abs().max() < 1e-6) == mirror
-            assert (filters - filters.flip(3)).abs().max() > 1e-2  # there are pairs
-        for layer in model.modules():
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                layer.reset_parameters()  # each channel has learned a shift of its own
-        torch.nn.init.normal_(model.head.weight)
-        logits = model.eval()(images)
-        assert logits.std(0).min() > 0.01
-        difference = (model(images.flip(3)) - logits).abs().max() / logits.std()
-        assert difference < 1e-2 if mirror else difference > 0.1
+def step_three_times(model, optimizer, size):
+    for seed in range(3):
+        images, targets = noise(6, 3, size, size, seed=seed), torch.arange(6) + seed
+        network.train_step(model, optimizer, CrossEntropyLoss(), images, targets, "fp32")
 
 
-def build(**tricks):
-    settings = {"seed": 3, "widths": (24, 30, 20), "lr": 0.1, "batch_size": 20}
-    settings |= {"whiten": False, "mirror": False, "muon": False}
-    return network.build(settings | tricks, correlated(20))
+def trained_net(mirror, size=32, optimizer="muon"):
+    """A whitened net after three steps."""
+    model = net(widths=(24, 32, 20), mirror=mirror)
+    model.whiten(correlated(20))
+    if optimizer == "muon":
+        model.prepare_for_muon()
+        stepper = network.Muon(model.parameters(), lr=0.1, batch_size=20)
+    else:
+        stepper = torch.optim.Adam(model.parameters(), lr=0.1)
+    step_three_times(model, stepper, size)
+    return model
 
 
-def test_without_tricks_build_gives_a_random_net_and_adam():
-    (model, adam), (again, _) = build(), build()
-    assert isinstance(adam, torch.optim.Adam) and adam.defaults["lr"] == 0.1
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert torch.equal(model.head.weight, again.head.weight) and model.head.in_features == 20
-    assert model.stem.weight.is_contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
+@pytest.mark.parametrize("mirror", [True, False])
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+def test_steps_keep_mirrored_filters_symmetric(optimizer, mirror):
+    for filters in trained_net(mirror, optimizer=optimizer).filters():
+        network.symmetrize(same := filters.detach().clone())
+        assert ((same - filters).abs().max() < 1e-6) == mirror
+        assert (filters - filters.flip(3)).abs().max() > 1e-2  # there are pairs
 
 
-def test_with_tricks_build_whitens_passes_through_fixes_scales_and_gives_muon():
-    model, muon = build(whiten=True, muon=True)
-    norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)}
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert len(norms) == 6 and frozen == {
-        "stem.weight",
-        "stem.bias",
-        "head.bias",
-        *(f"{name}.weight" for name in norms),
-    }
-    assert all((layer.weight == 1).all() and layer.momentum == 0.2 for layer in norms.values())
-    assert not model.head.bias.any()
-    assert model.head.weight.std().item() == pytest.approx(1 / 20, rel=0.2)
-    assert torch.equal(model.stem.weight[2::4], -model.stem.weight[::4])
-    (first, second, third), x = (group[0] for group in model.groups), noise(2, 24, 8, 8)
-    assert torch.equal(first(x), x)
-    assert torch.equal(second(x)[:, :24], x) and second(x)[:, 24:].std() > 0.1  # the other filters stay random
-    assert torch.equal(third(second(x)), second(x)[:, :20])
-    assert (muon.lr, muon.batch_size, len(muon.state_dict()["velocities"])) == (0.1, 20, 13)
+SIZES = sorted({data.SIZE, 40, *(size for recipe in train.RECIPES.values() for size in recipe.get("sizes", {}))})
+
+
+@pytest.mark.parametrize(
+    "size, mirror, exact", [(22, True, False), (32, False, False), *((s, True, True) for s in SIZES)]
+)
+def test_a_mirror_net_gives_mirror_images_the_same_logits_at_every_size_of_the_recipes(size, mirror, exact):
+    model, images = trained_net(mirror, size).double(), noise(6, 3, size, size).double()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.reset_parameters()  # each channel has learned a shift of its own
+    torch.nn.init.normal_(model.head.weight)
+    logits = model.eval()(images)
+    assert logits.std(0).min() > 0.01
+    difference = (model(images.flip(3)) - logits).abs().max() / logits.std()
+    assert (difference < 1e-3) if exact else (difference > 1e-2)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 30), (30, 5)])
@@ -169,29 +160,56 @@ def test_orthogonalize_keeps_singular_vectors_and_evens_out_singular_values(shap
     assert not network.orthogonalize(0 * matrix).any()
 
 
-def test_muon_steps_filters_along_the_orthogonalized_nesterov_gradient_at_a_fixed_norm_and_the_rest_as_sgd_does():
-    shapes = (4, 3, 3, 3), (4,), (2, 5)
-    filters, shift, linear = (noise(*shape).requires_grad_() for shape in shapes)
-    optimizer = network.Muon([filters, torch.randn(4), shift, linear], lr=0.1, batch_size=20)
-    references = [parameter.detach().clone().requires_grad_() for parameter in (shift, linear)]
-    rates = [{"params": references[0], "lr": 2 / 4}, {"params": references[1], "lr": 2 * 3.3 / 25}]
-    sgd = torch.optim.SGD(rates, momentum=0.85, nesterov=True)
+def test_muon_steps_filters_along_the_orthogonalized_nesterov_gradient_at_a_fixed_norm():
+    filters = noise(4, 3, 3, 3).requires_grad_()
+    optimizer = network.Muon([filters], lr=0.1, batch_size=20)
     velocity = torch.zeros(4, 27)
     for seed in range(1, 4):
-        state = copy.deepcopy(optimizer.state_dict())  # a stopped run goes on with it
-        optimizer = network.Muon([filters, shift, linear], lr=0.1, batch_size=20)
-        optimizer.load_state_dict(state)
         expected = filters.detach().flatten(1) * 2 / filters.detach().norm()
-        filters.grad, shift.grad, linear.grad = (noise(*shape, seed=seed) for shape in shapes)
+        filters.grad = noise(4, 3, 3, 3, seed=seed)
         velocity = 0.65 * velocity + filters.grad.flatten(1)
         expected -= 0.1 * network.orthogonalize(filters.grad.flatten(1) + 0.65 * velocity)
-        for parameter, reference in zip((shift, linear), references, strict=True):
-            reference.grad = parameter.grad.clone()
-            reference.data.mul_(1 - 2e-5)
+        optimizer.step()
+        torch.testing.assert_close(filters.detach().flatten(1), expected)
+
+
+@pytest.mark.parametrize("shape, factor", [((4,), 1 / 4), ((2, 5), 3.3 / 25)])
+def test_muon_steps_shifts_and_the_head_as_sgd_with_weight_decay_does(shape, factor):
+    ours, theirs = noise(*shape).requires_grad_(), noise(*shape).requires_grad_()
+    optimizer = network.Muon([torch.randn(4), ours], lr=0.1, batch_size=20)
+    sgd = torch.optim.SGD([theirs], lr=0.1 * 20 * factor, momentum=0.85, nesterov=True)
+    for seed in range(1, 4):
+        ours.grad = noise(*shape, seed=seed)
+        theirs.grad = ours.grad.clone()
+        theirs.data.mul_(1 - 2e-5)
         optimizer.step()
         sgd.step()
-        torch.testing.assert_close(filters.detach().flatten(1), expected)
-        torch.testing.assert_close([shift, linear], references, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_muon_uses_the_rate_of_its_param_group():
+    bias = torch.zeros(1).requires_grad_()
+    optimizer = network.Muon([bias], lr=0.1, batch_size=1)
+    optimizer.param_groups[0]["lr"] = 0
+    bias.grad = torch.ones(1)
+    optimizer.step()
+    assert bias.item() == 0
+
+
+def test_muon_goes_on_from_its_saved_state():
+    ends = []
+    for saved in (False, True):
+        parameter = noise(4, 3, 3, 3).requires_grad_()
+        optimizer = network.Muon([parameter], lr=0.1, batch_size=20)
+        for seed in range(1, 4):
+            if saved:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = network.Muon([parameter], lr=0.1, batch_size=20)
+                optimizer.load_state_dict(state)
+            parameter.grad = noise(4, 3, 3, 3, seed=seed)
+            optimizer.step()
+        ends.append(parameter.detach())
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
@@ -213,37 +231,3 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch(precision, tolerance):
     assert torch.equal(logits, logits.bfloat16().float()) == (precision == "bf16")
     assert loss == pytest.approx(expected_loss.item(), rel=tolerance)
     torch.testing.assert_close([*model.parameters()], moved, rtol=tolerance, atol=tolerance)
-
-
-def test_a_card_that_this_pytorch_cannot_use_is_passed_over_or_named(monkeypatch, capsys):
-    def fail_on_cuda(*shape, device):
-        if device == "cuda":
-            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nMore lines")
-        return zeros(*shape)
-
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", fail_on_cuda)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert network.find_device("auto") == network.find_device("cpu") == "cpu"
-    reason = (
-        "cannot be used (CUDA error: no kernel image is available for execution on the device): continuing without it"
-    )
-    assert capsys.readouterr().out.splitlines() == [f"cuda {reason}"]
-    for name, says in (("cuda", "no kernel image"), ("mps", "PyTorch sees only cuda, cpu")):
-        with pytest.raises(network.UsageError, match=rf"^--device {name} cannot be used: .*{says}.*$"):
-            network.find_device(name)
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("busy", [range(0), range(20, 45)])  # products during which the machine does something else
-@pytest.mark.parametrize("bf16, expected", [(0.5, "bf16"), (0.9, "fp32"), (14, "fp32")])
-def test_precision_is_the_faster_one_even_if_the_machine_is_busy_for_a_moment(busy, bf16, expected, monkeypatch):
-    products = []
-
-    def time_product(statement, globals, number):
-        products.append(globals["a"].dtype)
-        seconds = {torch.float32: 1, torch.bfloat16: bf16}[globals["a"].dtype]
-        return seconds * (30 if len(products) - 1 in busy else 1)
-
-    monkeypatch.setattr(network.timeit, "timeit", time_product)
-    assert network.choose_precision("cpu") == expected and len(products) > 20

@@ -17,7 +17,7 @@ def test_tables_are_those_of_the_runs_and_stand_in_readme():
     tables = (make.RESULTS / "tables.md").read_text(encoding="utf-8")
     assert tables == make.write_tables(make.read_runs())
     assert all(line in README for line in tables.splitlines())
-    shown = " ".join(train.make_parser().format_help().split())
+    shown = " ".join(train.make_parser(train.list_settings("baseline")).format_help().split())
     for name, run in make.LADDER.items():
         assert f"{name} {statistics.mean(make.last(make.read_runs(), run, 'val_accuracy')):.1%} in" in shown
 

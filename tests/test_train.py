@@ -7,21 +7,27 @@ import errno
 import itertools
 import json
 import math
+import multiprocessing
 import os
-import random
 import re
 import runpy
 import select
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import filelock
+import matplotlib
 import pytest
 import tensorboardX.record_writer
 import torch
@@ -32,6 +38,7 @@ from PIL import Image
 
 import data
 import train
+import visualize_aug
 from loss import CrossEntropyLoss
 
 SCRIPT = Path(train.__file__)
@@ -51,7 +58,7 @@ def results(folder):
     metrics = [{key: value for key, value in row.items() if key != "train_seconds"} for row in rows(folder)]
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     points = [{key: value for key, value in point.items() if key != "time"} for point in checkpoint["points"]]
-    saved = [checkpoint[key] for key in ("step", "model", "optimizer", "generator")]
+    saved = [checkpoint[key] for key in ("model", "optimizer", "generator")]
     return metrics, points, json.dumps(saved, default=torch.Tensor.tolist)
 
 
@@ -74,59 +81,88 @@ def list_files(folder):
 
 
 # ---------------------------------------------------------------------------------------------------------- training
+def settings_of(*flags):
+    """The settings of a command line, in fp32."""
+    return train.read_settings([*flags, "--precision", "fp32"])
+
+
 @pytest.mark.parametrize("recipe", train.RECIPES)
-def test_a_tiny_set_is_learnt_to_zero_error(recipe):
+def test_ten_images_are_learned_to_zero_error(recipe):
     images, labels = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8, generator=seeded()), torch.arange(10)
     inputs = data.normalize(data.to_float(images))
-    settings = {**train.RECIPES[recipe], "seed": 0, "widths": (16, 16, 16), "batch_size": 10}
-    settings["lr"] /= 2
+    settings = settings_of("--recipe", recipe, "--widths", "16,16,16", "--batch-size", "10")
+    settings.lr /= 2
     model, optimizer = train.build(settings, inputs)
     for _ in range(100):
         train.train_step(model, optimizer, CrossEntropyLoss(), inputs, labels, "fp32")
-    assert train.evaluate(model, images, labels, "fp32")[1] == 1
+    assert train.evaluate(model, images, labels, "fp32")["val_accuracy"] == 1
 
 
-def test_evaluate_is_the_mean_over_all_images_in_evaluation_mode():
-    settings = {**train.RECIPES["baseline"], "seed": 0, "lr": 1e-2, "widths": (8, 8, 8)}
+@pytest.fixture
+def half_trained():
+    """A net that no longer says the same of all images, and 260 images with labels."""
     images = torch.randint(256, (260, 3, 32, 32), dtype=torch.uint8, generator=seeded())
     labels, inputs = torch.randint(10, (260,), generator=seeded()), data.normalize(data.to_float(images))
-    model, optimizer = train.build(settings, inputs)
-    for _ in range(40):  # until it no longer says the same of all
+    model, optimizer = train.build(settings_of("--lr", "1e-2", "--widths", "8,8,8"), inputs)
+    for _ in range(40):
         train.train_step(model, optimizer, CrossEntropyLoss(), inputs[:40], labels[:40], "fp32")
-    loss, accuracy, accuracy_tta = train.evaluate(model, images, labels, "fp32", tta=True)
-    assert model.training
+    return model, images, labels
+
+
+def test_evaluate_is_the_mean_over_all_images_in_evaluation_mode(half_trained):
+    model, images, labels = half_trained
+    result = train.evaluate(model, images, labels, "fp32")
+    with torch.no_grad():
+        logits = model.eval()(data.normalize(data.to_float(images)))
+    assert list(result) == ["val_loss", "val_accuracy"]
+    assert result["val_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result["val_accuracy"] == (logits.argmax(1) == labels).double().mean().item()
+
+
+def test_test_time_augmentation_averages_views_of_the_least_sure_quarter(half_trained):
+    model, images, labels = half_trained
+    result = train.evaluate(model, images, labels, "fp32", tta=True)
+    inputs = data.normalize(data.to_float(images))
     with torch.no_grad():
         logits = model.eval()(inputs)
         averaged = sum(weight * model(view) for view, weight in data.views(inputs))
-    sure = logits.softmax(1).amax(1).sort().values[len(labels) // 4] <= logits.softmax(1).amax(1)
-    averaged[sure] = logits[sure]  # only a quarter is looked at again
-    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert accuracy == (logits.argmax(1) == labels).double().mean().item()
-    assert accuracy_tta == (averaged.argmax(1) == labels).double().mean().item() != accuracy
+    sureness = logits.softmax(1).amax(1)
+    sure = sureness >= sureness.sort().values[len(labels) // 4]
+    averaged[sure] = logits[sure]
+    expected = (averaged.argmax(1) == labels).double().mean().item()
+    assert result["val_accuracy_tta"] == expected != result["val_accuracy"]
 
 
-def test_rate_falls_linearly_and_pictures_grow_and_epochs_may_be_a_fraction(tiny, tmp_path, interfere):
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_leaves_the_mode_of_the_net(half_trained, training):
+    model, images, labels = half_trained
+    model.train(training)
+    train.evaluate(model, images[:20], labels[:20], "fp32")
+    assert model.training == training
+
+
+def test_muon_rate_falls_to_zero_and_images_grow(tiny, tmp_path, interfere):
     def look(model, optimizer, criterion, images, *others):
-        seen.append((optimizer.lr, *images.shape[2:]))
+        seen.append((optimizer.param_groups[0]["lr"], *images.shape[2:]))
 
     seen = []
     interfere(train, "train_step", look)
-    flags = "--recipe best --epochs 1.5 --lr 0.8 --name run --set sizes=17:0.5,25:0.75"
+    flags = "--recipe best --epochs 1.5 --lr 0.8 --name run --sizes 16:0.5,24:0.75"
     assert tiny(*flags.split()).returncode == 0
-    # 40 images in batches of 16 are 3 steps an epoch, so 4 in all
-    rates, sizes = [pytest.approx(0.8 * (1 - step / 4)) for step in range(4)], (17, 17, 25, 32)
+    # 40 images in batches of 16 are 3 steps per epoch, so 4 in all
+    rates, sizes = [pytest.approx(0.8 * (1 - step / 4)) for step in range(4)], (16, 16, 24, 32)
     assert seen == [*zip(rates, sizes, sizes, strict=True)]
     first, last = rows(folder := tmp_path / "experiments/run")
     assert [float(row["epoch"]) for row in (first, last)] == [1, 4 / 3]
     assert first["val_accuracy_tta"] == "" and 0 <= float(last["val_accuracy_tta"]) <= 1  # takes time, so once only
-    points = [(step, rate) for tag, step, rate in scalars(folder) if tag == "learning_rate"]
+    points = [(step, rate) for tag, step, rate in scalars(folder) if tag == "learning_rate/train"]
     assert points == [*zip(range(1, 5), rates, strict=True)]
 
 
 @pytest.mark.parametrize("first, steps, ends", [(0, 1000, [*range(2, 49, 2), 49]), (3, 10, [5, 7, 9, 10])])
 def test_a_point_about_every_twentieth_of_an_epoch_is_the_mean_since_the_last(monkeypatch, first, steps, ends):
-    images, labels = torch.zeros(97, 3, 32, 32, dtype=torch.uint8), torch.arange(97) % 10
-    logits = 3 * torch.randn(97, 10, generator=seeded())
+    images, labels = torch.zeros(98, 3, 32, 32, dtype=torch.uint8), torch.arange(98) % 10
+    logits = 3 * torch.randn(98, 10, generator=seeded())
     done = []  # the labels of each step
 
     def step(model, optimizer, criterion, some, own, precision):
@@ -135,20 +171,24 @@ def test_a_point_about_every_twentieth_of_an_epoch_is_the_mean_since_the_last(mo
         return logits[start : start + len(own)], 0.5
 
     monkeypatch.setattr(train, "train_step", step)
-    loader = data.Loader(images, labels, 2, "none", seeded())  # 49 steps an epoch, of which the last has one image
-    settings = {**train.RECIPES["baseline"], "precision": "fp32"}
-    points, means = zip(*train.train_epoch(None, None, loader, settings, first, steps), strict=True)
-    assert [point["step"] for point in points] == ends
+    loader = data.Loader(images, labels, 2, "none", seeded())  # 49 steps per epoch
+    points = []
+    step, means = train.train_epoch(None, FakeOptimizer(), loader, settings_of(), first, steps, points.append)
+    assert [point["step"] for point in points] == ends and step == ends[-1]
     own, start = torch.cat(done), 0
     losses = torch.nn.functional.cross_entropy(logits[: len(own)].double(), own, reduction="none")
     measured = torch.stack((losses, (logits[: len(own)].argmax(1) == own).double()))
-    for point, epoch_means in zip(points, means, strict=True):
+    for point in points:
         end = sum(map(len, done[: point["step"] - first]))
         point_means = point["train_loss"], point["train_accuracy"]
         assert point_means == pytest.approx(measured[:, start:end].mean(1).tolist(), rel=1e-6)
-        assert epoch_means == pytest.approx(measured[:, :end].mean(1).tolist(), rel=1e-6)
-        assert point["epoch"] == point["step"] / 49
+        assert point["epoch"] == point["step"] / len(loader)
         start = end
+    assert [*means.values()] == pytest.approx(measured.mean(1).tolist(), rel=1e-6)
+
+
+class FakeOptimizer:
+    param_groups = ({},)
 
 
 def test_held_out_trains_on_the_rest_and_validates_on_the_last_training_images(tiny, tmp_path, interfere):
@@ -156,47 +196,56 @@ def test_held_out_trains_on_the_rest_and_validates_on_the_last_training_images(t
     trained, validated = [], []
     interfere(train, "train_step", lambda *given: trained.extend(given[4].tolist()))
     interfere(train, "evaluate", lambda *given: validated.extend(given[1:3]))
-    assert tiny("--epochs", 1, "--set", "held_out=15").returncode == 0
+    assert tiny("--epochs", 1, "--held-out", 15).returncode == 0
     assert sorted(trained) == sorted(labels[:25].tolist())
     assert torch.equal(validated[0], images[25:]) and torch.equal(validated[1], labels[25:])
-    assert (tmp_path / "experiments/baseline-lr0.001-none-held_out=15-seed0/metrics.csv").exists()
+    assert (tmp_path / "experiments/baseline-lr0.001-none-epochs=1-held-out=15-seed0/metrics.csv").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
-def test_set_sets_what_has_no_flag_and_is_part_of_name_config_and_table(tiny, tmp_path):
-    given = "widths=8,12 muon=true mirror=true whiten=true sizes=20:0.2,24:0.6 label_smoothing=0.1 tta=true"
-    flags = "--epochs 1 --lr 0.1 --set " + given.replace(" ", " --set ")
-    assert tiny(*flags.split()).returncode == 0
+def test_every_setting_is_a_flag_and_part_of_name_config_and_events(tiny, tmp_path):
+    flags = "--epochs 1 --lr 0.1 --widths 8,12 --optimizer muon --mirror --whiten --sizes 16:0.2,24:0.6 --tta"
+    flags = (*flags.split(), "--label-smoothing", "0.1")
+    assert tiny(*flags).returncode == 0
     folder = next((tmp_path / "experiments").glob("*/checkpoint.pt")).parent
     assert folder.name == (
-        "baseline-lr0.1-none-widths=8,12-whiten=true-mirror=true-muon=true-tta=true-sizes=20,0.2,24,0.6-label_smoothing=0.1-seed0"
+        "baseline-lr0.1-none-epochs=1-widths=8,12-sizes=16,0.2,24,0.6-whiten-mirror-optimizer=muon-label-smoothing=0.1-tta-seed0"
     )
-    expected = {"widths": [8, 12], "muon": True, "sizes": [[20, 0.2], [24, 0.6]], "label_smoothing": 0.1, "tta": True}
+    expected = {"widths": [8, 12], "optimizer": "muon", "sizes": {"16": 0.2, "24": 0.6}, "label_smoothing": 0.1}
     assert config(folder).items() >= expected.items()
     assert train.load(folder).head.weight.shape == (10, 12)
     events = b"".join(path.read_bytes() for path in folder.glob("events.*"))
-    assert b"label_smoothing" in events and b"((20, 0.2), (24, 0.6))" in events
-    assert "is finished" in tiny(*flags.split(), "--resume").stdout  # what it holds was read the same
+    assert b"label_smoothing" in events and b"16:0.2,24:0.6" in events
+    assert "is finished" in tiny(*flags, "--resume").stdout  # what it holds was read the same
+
+
+def test_a_flag_wins_over_the_recipe_wherever_it_stands():
+    for flags in ("--lr 0.5 --recipe quick --no-mirror", "--no-mirror --recipe quick --lr 0.5"):
+        settings = settings_of(*flags.split())
+        assert (settings.lr, settings.mirror, settings.epochs) == (0.5, False, 0.38)
 
 
 MISUSE = {  # flags: what the line says
-    "--lr 0": "--lr 0.0 must be from", "--lr nan": "--lr nan must be from", "--lr 1e999": "--lr", "--lr much": "--lr",
-    "--epochs -1": "--epochs", "--epochs inf": "--epochs", "--batch-size 1": "--batch-size 1 must be from 2 to 50,000",
-    "--epochs 1e300": "--epochs 1e+300 must be from 1e-06 to 1,000,000", "--batch-size 1e3": "--batch-size",
+    "--lr 0": "--lr: 0 must be from", "--lr nan": "--lr: nan must be from", "--lr 1e999": "--lr",
+    "--lr much": "--lr: invalid float value: 'much'",
+    "--epochs -1": "--epochs", "--epochs inf": "--epochs", "--batch-size 1": "--batch-size: 1 must be from 2 to 50,000",
+    "--epochs 1e300": "--epochs: 1e300 must be from 1e-06 to 1,000,000", "--batch-size 1e3": "--batch-size",
     "--batch-size 2.5": "--batch-size", "--seed -1": "--seed",
     f"--seed {30 * '9'}": "--seed",
-    "--set held_out=49999": "--set held_out=49999 must be from 0 to 49,998",
-    "--set label_smoothing=1.5": "--set label_smoothing", "--set label_smoothing=nan": "--set label_smoothing",
-    "--set sizes=24:0.5,16:0.6": "--set sizes=24:0.5,16:0.6 must be from 17 to 64",
-    "--set widths=8,8,8,8": "at most 3 widths", "--set sizes=24:nan": "shares from 0 to 1",
-    "--set widths=8,0": "--set widths=8,0 must be from 1",
-    "--set mirror=true": "needs whiten=true", "--recipe quick --set widths=8,6": "widths that can be divided by 4",
+    "--held-out 49999": "--held-out: 49999 must be from 0 to 49,998", "--held-out .5": "--held-out",
+    "--label-smoothing 1.5": "--label-smoothing", "--label-smoothing nan": "--label-smoothing: nan must be from 0 to 1",
+    "--sizes 24:0.5,12:0.6": "--sizes: 12 must be from 16 to 64", "--sizes 24:nan": "--sizes: nan must be from 0 to 1",
+    "--sizes 24:0.6,20:0.2": "--sizes: 24:0.6,20:0.2 must have growing shares", "--sizes 20": "--sizes",
+    "--sizes 16:0.6,16:0.2": "growing shares", "--sizes 20:a": "--sizes",
+    "--widths 8,8,8,8": "8,8,8,8 has more than 3 widths", "--widths 8,0": "--widths: 0 must be from 1",
+    "--widths 8,x": "--widths: invalid widths value: '8,x'", "--widths=": "--widths", "--mirror maybe": "maybe",
+    "--mirror": "needs --whiten", "--recipe quick --widths 8,6": "--widths that 4 divides",
+    "--recipe quick --sizes 20:0.5": "--sizes that 8 divides", "--set tta=true": "--set",
+    "--device cuda:1": "CUDA_VISIBLE_DEVICES=1", "--precision fp16": "--precision",
     "--augment sideways": "--augment", "--recipe cake": "--recipe", "--colour": "--colour",
-    "--device abacus": "--device", "--device cuda": "--device cuda cannot be used: PyTorch sees only cpu",
+    "--device abacus": "--device", "--device cuda": "cuda cannot be used (",
     "--name ../elsewhere": "--name", "--name ..\\elsewhere --resume": "--name", "--name=": "--name",
 }  # fmt: skip
-MALFORMED = "widths widths= label_smoothing=x muon=1 muon=True sizes=20 sizes=20:a cake=1 lr=1 tta= = held_out=.5"
-MISUSE |= {f"--set {setting}": f"cannot read {setting}; examples: widths=" for setting in MALFORMED.split()}
 
 
 @pytest.mark.parametrize("flags, says", MISUSE.items(), ids=lambda text: text[:30])
@@ -207,19 +256,108 @@ def test_misuse_gets_one_line_that_names_it_and_leaves_nothing(tiny, tmp_path, f
     assert not list(tmp_path.iterdir())
 
 
-def test_help_explains_every_flag_with_its_default_and_all_that_can_be_set(tiny):
-    text = tiny("--help").stdout
-    flags = re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)
-    expected = "augment batch-size data device epochs experiments lr name recipe resume seed set"
-    assert sorted(flags) == [f"--{flag}" for flag in expected.split()]
-    assert text.count("(default:") == len(flags) - 1  # --resume is off unless it is given
-    assert all(f"{key}=" in text for key in train.SET_PARSERS)
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_help_explains_every_flag_with_the_value_of_the_recipe(tiny, recipe):
+    text = " ".join(tiny("--recipe", recipe, "--help").stdout.split())
+    flags = set(re.findall(r" (--[a-z-]+)", text))
+    settings = vars(settings_of("--recipe", recipe))
+    assert flags >= {"--" + key.replace("_", "-") for key in settings}
+    assert text.count("(default: ") == len(settings) - 1  # --resume is off unless it is given
+    assert f"(default: {settings['lr']})" in text and f"(default: {settings['mirror']})" in text
+
+
+# ----------------------------------------------------------------------------------------------- net, device, precision
+def build(*flags, seed=3):
+    images = torch.randn(20, 3, 12, 12, generator=seeded())
+    return train.build(settings_of("--widths", "24,32,20", "--seed", str(seed), *flags), images)
+
+
+def test_the_baseline_is_a_random_net_stepped_by_adam():
+    model, adam = build("--lr", "0.1")
+    assert isinstance(adam, torch.optim.Adam) and adam.defaults["lr"] == 0.1
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.stem.weight.is_contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
+
+
+def test_the_seed_decides_the_weights():
+    weights, same, other = (build(seed=seed)[0].groups[0][0].weight for seed in (0, 0, 1))
+    assert torch.equal(weights, same) and not torch.equal(weights, other)
+
+
+def test_whitening_makes_convolutions_start_as_the_identity():
+    model, _ = build("--whiten")
+    (first, second, third), x = (group[0] for group in model.groups), torch.randn(2, 24, 8, 8, generator=seeded())
+    assert torch.equal(model.stem.weight[2::4], -model.stem.weight[::4])
+    assert torch.equal(first(x), x)
+    assert torch.equal(second(x)[:, :24], x) and second(x)[:, 24:].std() > 0.1  # the other filters stay random
+    assert torch.equal(third(second(x)), second(x)[:, :20])
+
+
+def test_muon_gets_a_net_with_frozen_scales_fast_statistics_and_a_small_head():
+    model, muon = build("--optimizer", "muon", "--whiten", "--lr", "0.1", "--batch-size", "20")
+    norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert len(norms) == 6
+    assert frozen == {"stem.weight", "stem.bias", "head.bias", *(f"{name}.weight" for name in norms)}
+    assert all((layer.weight == 1).all() and layer.momentum == 0.2 for layer in norms.values())
+    assert not model.head.bias.any()
+    assert model.head.weight.std().item() == pytest.approx(1 / 20, rel=0.2)
+    assert (muon.param_groups[0]["lr"], muon.batch_size, len(muon.state_dict()["velocities"])) == (0.1, 20, 13)
+
+
+def fail_on_cuda(monkeypatch):
+    """PyTorch sees a card of NVIDIA and cannot compute on it."""
+
+    def make(*shape, device):
+        if device == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nMore lines")
+        if device == "mps":
+            raise RuntimeError("no such device")
+        return zeros(*shape)
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", make)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_auto_passes_over_a_card_that_this_pytorch_cannot_use_with_a_line(monkeypatch, capsys):
+    fail_on_cuda(monkeypatch)
+    assert train.find_device("auto") == "cpu"
+    reason = "cuda cannot be used (CUDA error: no kernel image is available for execution on the device)"
+    assert capsys.readouterr().out.splitlines() == [f"{reason}: continuing without it"]
+
+
+def test_a_named_card_that_this_pytorch_cannot_use_is_refused(monkeypatch):
+    fail_on_cuda(monkeypatch)
+    with pytest.raises(train.UsageError, match=r"^cuda cannot be used .*no kernel image.*: try --device auto$"):
+        train.find_device("cuda")
+
+
+def test_auto_says_nothing_where_there_is_only_a_cpu(capsys):
+    assert train.find_device("auto") == train.find_device("cpu") == "cpu"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("busy", [range(0), range(20, 45)])  # products during which the machine does something else
+@pytest.mark.parametrize("bf16, expected", [(0.5, "bf16"), (0.9, "fp32"), (14, "fp32")])
+def test_precision_is_the_faster_one_even_if_the_machine_is_busy_for_a_moment(busy, bf16, expected, monkeypatch):
+    products = []
+
+    def time_product(statement, globals, number):
+        dtype = globals["matrix"].dtype
+        products.append(dtype)
+        return {torch.float32: 1, torch.bfloat16: bf16}[dtype] * (30 if len(products) - 1 in busy else 1)
+
+    monkeypatch.setattr(train.timeit, "timeit", time_product)
+    assert train.choose_precision("cpu") == expected and len(products) > 20
 
 
 # ------------------------------------------------------------------------------------------------- files and curves
-def test_table_and_events_hold_what_was_measured_and_config_enough_to_run_it_again(finished):
-    table, points = rows(finished), train.read_curves(finished.parent)[finished.name][0]
-    assert list(table[0]) == list(train.COLUMNS)
+def test_metrics_hold_one_row_per_epoch_with_means_over_all_images(finished):
+    table = rows(finished)
+    points = torch.load(finished / "checkpoint.pt", weights_only=True)["points"]
+    training = [point for point in points if "train_loss" in point]
+    assert ",".join(table[0]) == "epoch,step,train_seconds,train_loss,train_accuracy,val_loss,val_accuracy"
     assert [row["step"] for row in table] == ["3", "6", "9"]
     assert float(table[0]["train_seconds"]) < float(table[-1]["train_seconds"])
     for epoch, row in enumerate(table):
@@ -229,75 +367,143 @@ def test_table_and_events_hold_what_was_measured_and_config_enough_to_run_it_aga
             right = float(row[f"{part}_accuracy"]) * count
             assert right == pytest.approx(round(right)) and 0 <= right <= count
         for metric in ("train_loss", "train_accuracy"):  # the mean over the epoch's points
-            parts = zip((16, 16, 8), points[3 * epoch : 3 * epoch + 3], strict=True)
+            parts = zip((16, 16, 8), training[3 * epoch : 3 * epoch + 3], strict=True)
             assert sum(size * point[metric] for size, point in parts) / 40 == pytest.approx(float(row[metric]))
 
-    logged = [("learning_rate", step, 1e-3) for step in range(1, 10)]
-    for metric, (part, measured) in itertools.product(("accuracy", "loss"), {"train": points, "val": table}.items()):
+
+def test_events_hold_every_point_and_every_validation(finished):
+    points = torch.load(finished / "checkpoint.pt", weights_only=True)["points"]
+    training = [point for point in points if "train_loss" in point]
+    logged = [("learning_rate/train", step, 1e-3) for step in range(1, 10)]
+    for metric, (part, measured) in itertools.product(
+        ("accuracy", "loss"), {"train": training, "val": rows(finished)}.items()
+    ):
         logged += [(f"{metric}/{part}", int(row["step"]), float(row[f"{part}_{metric}"])) for row in measured]
     assert scalars(finished) == [pytest.approx(one) for one in sorted(logged)]
 
+
+def test_config_holds_what_it_takes_to_run_it_again(finished):
     expected = {"recipe": "baseline", "lr": 1e-3, "epochs": 3, "batch_size": 16, "augment": "none", "seed": 0}
     expected |= {"command": "python train.py --lr 1e-3 --epochs 3", "threads": 1, "precision": "fp32"}
     assert expected.items() <= config(finished).items()
     assert config(finished)["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("epochs", [0.6, 7])
-def test_curves_have_fine_points_whole_epochs_for_ticks_and_looks_for_more_than_7_runs(monkeypatch, epochs):
-    points = [{"epoch": i / 20, "train_loss": 1 / i, "train_accuracy": 0.5} for i in range(1, round(20 * epochs) + 1)]
-    table = [{"epoch": end, "val_loss": 1.0, "val_accuracy": 0.4} for end in (*range(1, math.ceil(epochs)), epochs)]
+def test_tensorboard_can_show_a_point_long_before_the_first_epoch_ends(tiny, tmp_path, interfere):
+    seen = []
+    interfere(train, "train_step", lambda *_: seen.append(len(scalars(tmp_path / "experiments/run"))), [2])
+    assert tiny("--epochs", 1, "--name", "run").returncode == 0
+    assert seen == [3]  # loss, accuracy and rate of the first step
+
+
+def draw(monkeypatch, runs):
+    """The matplotlib figure of these runs, laid out."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
     monkeypatch.setattr(data, "write_file", lambda path, raw: None)
-    train.draw_curves(Path("curves.png"), {f"run {number}": (points, table) for number in range(21)})
+    train.draw_curves(Path("curves.png"), runs)
     figures[0].draw_without_rendering()
-    for panel, metric in zip(figures[0].axes, ("loss", "accuracy"), strict=True):
-        training, validation = panel.get_lines()[::2], panel.get_lines()[1::2]
-        assert [*training[0].get_ydata()] == [point[f"train_{metric}"] for point in points]
-        assert [*training[0].get_xdata()] == [point["epoch"] for point in points]
-        assert [*validation[0].get_ydata()] == [row[f"val_{metric}"] for row in table]
+    return figures[0]
+
+
+def curves(epochs):
+    points, ends = [i / 20 for i in range(1, round(20 * epochs) + 1)], [*range(1, math.ceil(epochs)), epochs]
+    training = {f"train_{metric}": (points, [1 / (1 + point) for point in points]) for metric in train.METRICS}
+    return training | {f"val_{metric}": (ends, [0.4] * len(ends)) for metric in train.METRICS}
+
+
+@pytest.mark.parametrize("epochs", [0.6, 7])
+def test_curves_show_fine_points_and_whole_epochs_for_ticks(monkeypatch, epochs):
+    run = curves(epochs)
+    for panel, metric in zip(draw(monkeypatch, {"run": run}).axes, train.METRICS, strict=True):
+        training, validation = panel.get_lines()
+        assert ([*training.get_xdata()], [*training.get_ydata()]) == run[f"train_{metric}"]
+        assert ([*validation.get_xdata()], [*validation.get_ydata()]) == run[f"val_{metric}"]
         low, high = panel.get_xlim()
         ticks = [tick for tick in panel.get_xticks() if low <= tick <= high]
         assert len(ticks) >= 2 and all(tick == int(tick) for tick in ticks)
-        for lines in (training, validation):
-            looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
-            assert len(looks) == 21 and len({color for color, *_ in looks}) == 7
 
 
-def test_curves_show_every_run_and_pass_over_what_is_none(finished, copy, tiny, tmp_path):
-    for name in ("$_$", "b"):  # the first is no formula
+def test_thirty_five_runs_look_different(monkeypatch):
+    figure = draw(monkeypatch, {f"run {number}": curves(1) for number in range(35)})
+    for lines in (figure.axes[0].get_lines()[::2], figure.axes[0].get_lines()[1::2]):
+        looks = {(line.get_color(), line.get_marker()) for line in lines}
+        assert len(looks) == 35 and len({color for color, _ in looks}) == 7
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("name", ["W" * 30, "W" * 255, "実" * 80], ids=["30", "255", "80"])
+def test_a_legend_of_long_names_stays_in_the_picture(monkeypatch, name):
+    figure = draw(monkeypatch, {name + ending: curves(1) for ending in "ab"})
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
+    first, second = (text.get_text() for text in figure.legends[0].get_texts())
+    assert first != second and first.startswith(" " + name[:30])
+
+
+def test_curves_show_every_run_whatever_its_name(finished, copy, tiny, tmp_path):
+    for name in ("$_$", "_b"):  # for matplotlib, a formula and a hidden label
         copy(name=name)
-    (tmp_path / "experiments/begun").mkdir()
-    (copy(name="foreign") / "checkpoint.pt").write_bytes(b"of another program")
     runs = train.read_curves(tmp_path / "experiments")
-    assert list(runs) == ["$_$", "b"]
-    for row, read in zip(rows(finished), runs["b"][1], strict=True):
-        assert {key: float(value) for key, value in row.items()}.items() <= read.items()
+    assert list(runs) == ["$_$", "_b"]
+    expected = [float(row["val_loss"]) for row in rows(finished)]
+    assert runs["_b"]["val_loss"] == ([1, 2, 3], pytest.approx(expected))
     outcome = tiny("--epochs", 1)
     assert outcome.returncode == 0 and outcome.stderr == ""
 
 
-def test_the_same_run_again_gets_a_new_folder_and_the_same_numbers_another_seed_others(finished, copy, tiny, tmp_path):
-    for name in (finished.name, f"{finished.name}-2"):
-        copy(name=name)
-    before = list_files(tmp_path)
+def test_curves_show_a_run_of_another_format(copy, tmp_path):
+    def make_old(saved):
+        saved["format"] = 5
+        saved["points"] = [point for point in saved["points"] if "train_loss" in point]  # validation was in the rows
+
+    copy(make_old)
+    runs = train.read_curves(tmp_path / "experiments")
+    assert [len(values) for _, values in runs["run"].values()] == [9, 3, 9, 3]
+
+
+@pytest.mark.parametrize("change", [
+    lambda saved: saved.clear(),  # of another program
+    lambda saved: saved.pop("rows"),
+    lambda saved: saved["rows"].clear(),
+    lambda saved: saved.update(points=[3]),
+])  # fmt: skip
+def test_curves_name_a_checkpoint_that_they_leave_out(copy, tiny, tmp_path, change):
+    copy(change, name="foreign")
+    outcome = tiny("--epochs", 1, "--name", "run")
+    assert outcome.returncode == 0
+    assert outcome.stderr.startswith("train.py: curves.png leaves out experiments/foreign (")
+    assert (tmp_path / "experiments/curves.png").exists()
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, tiny, tmp_path):
     for seed in (0, 1):
-        assert tiny("--lr", "1e-3", "--epochs", 3, "--seed", seed).returncode == 0
-    assert list_files(tmp_path).items() >= before.items()
-    assert agree(finished, tmp_path / "experiments" / f"{finished.name}-3")
-    assert not agree(finished, tmp_path / "experiments" / finished.name.replace("seed0", "seed1"))
+        assert tiny("--lr", "1e-3", "--epochs", 3, "--seed", seed, "--name", seed).returncode == 0
+    assert agree(finished, tmp_path / "experiments/0")
+    assert not agree(finished, tmp_path / "experiments/1")
+
+
+def test_the_same_command_again_takes_the_next_number(tiny, tmp_path):
+    for _ in range(3):
+        assert tiny("--epochs", 1).returncode == 0
+    first, second, third = sorted(path.parent for path in tmp_path.glob("experiments/*/metrics.csv"))
+    assert (second.name, third.name) == (f"{first.name}-2", f"{first.name}-3")
+
+
+def test_a_new_run_has_the_highest_number_even_if_a_lower_one_is_free(copy, tiny, tmp_path):
+    name = "baseline-lr0.001-none-epochs=1-seed0"
+    copy(name=f"{name}-3")
+    assert tiny("--epochs", 1).returncode == 0
+    assert (tmp_path / f"experiments/{name}-4").exists()
 
 
 @pytest.mark.parametrize("call, error, calls, patience, written", [
     ("fsync", errno.ENOSPC, [1], 0, b"old"),
     ("fsync", errno.EINVAL, [1], 0, b"new"),  # a file system that cannot
-    ("replace", errno.EACCES, [1, 2], 0, b"old"),  # Windows, as long as another program holds the file open
+    ("replace", errno.EACCES, [1, 2], 0, b"old"),  # Windows, while another program has the file open
     ("replace", errno.EACCES, [1, 2], 60, b"new"),
 ])  # fmt: skip
-def test_a_failed_write_leaves_the_old_file_unless_the_failure_is_minor_or_passes(
-    tmp_path, monkeypatch, interfere, call, error, calls, patience, written
-):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, interfere, call, error, calls, patience, written):
     data.write_file(path := tmp_path / "file", b"old")
     interfere(os, call, OSError(error, os.strerror(error)), calls)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -307,34 +513,56 @@ def test_a_failed_write_leaves_the_old_file_unless_the_failure_is_minor_or_passe
     assert path.read_bytes() == written and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "config.json", "events"])
-def test_what_cannot_be_written_is_said_in_a_line_and_tried_again_but_the_picture_only_by_the_next_run(
-    finished, tiny, tmp_path, monkeypatch, interfere, name
-):
-    folder = tmp_path / "experiments/run"
-    (tmp_path / "experiments/curves.png").mkdir(parents=True)
-    if name == "events":  # what is written waits in memory until it is flushed, and then the disk is full
-        place, open_file = tensorboardX.record_writer, tensorboardX.record_writer.open_file
-        monkeypatch.setattr(place, "open_file", lambda path: open("/dev/full", "wb"))  # noqa: SIM115
-        interfere(train, "evaluate", lambda *_: monkeypatch.setattr(place, "open_file", open_file), [2])
-    else:
-        (folder / name).mkdir(parents=True)
-        interfere(train, "evaluate", lambda *_: (folder / name).rmdir(), [2])
-    outcome = tiny("--epochs", 3, "--name", "run", "--resume")
+def list_complaints(outcome):
     assert outcome.returncode == 0 and "finished" in outcome.stdout
-    complaints = [line.split(" (")[0] for line in outcome.stderr.strip().splitlines()]
-    failed = (f"run/{name}", f"run/{name}", "curves.png")  # at the start, after the first epoch and at the end
-    assert complaints == [f"train.py: cannot write experiments/{path}" for path in failed]
-    assert agree(finished, folder) and scalars(finished) == scalars(folder)
-    assert config(folder)["epochs"] == 3
+    return [line.split(" (")[0] for line in outcome.stderr.strip().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "config.json"])
+def test_an_unwritable_table_warns_and_is_written_once_it_can_be(finished, tiny, tmp_path, interfere, name):
+    folder = tmp_path / "experiments/run"
+    (folder / name).mkdir(parents=True)
+    interfere(train, "evaluate", lambda *_: (folder / name).rmdir(), [2])
+    outcome = tiny("--epochs", 3, "--name", "run", "--resume")
+    # at the start and after the first epoch
+    assert list_complaints(outcome) == 2 * [f"train.py: cannot write experiments/run/{name}"]
+    assert rows(folder)[-1]["val_loss"] == rows(finished)[-1]["val_loss"] and config(folder)["epochs"] == 3
+
+
+@unix
+def test_events_on_a_full_disk_warn_once_per_epoch_and_are_written_once_there_is_room(
+    finished, tiny, tmp_path, monkeypatch, interfere
+):
+    # what is written waits in memory until it is flushed, and then the disk is full
+    place, open_file = tensorboardX.record_writer, tensorboardX.record_writer.open_file
+    monkeypatch.setattr(place, "open_file", lambda path: open("/dev/full", "wb"))  # noqa: SIM115
+    interfere(train, "evaluate", lambda *_: monkeypatch.setattr(place, "open_file", open_file), [2])
+    outcome = tiny("--epochs", 3, "--name", "run")
+    assert list_complaints(outcome) == 2 * ["train.py: cannot write experiments/run/events"]
+    assert scalars(finished) == scalars(tmp_path / "experiments/run")
+
+
+def break_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+def use_latex(monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    monkeypatch.setenv("PATH", "")
+
+
+@pytest.mark.parametrize("accident", [break_matplotlib, use_latex])
+def test_curves_that_cannot_be_drawn_end_no_run(tiny, monkeypatch, accident):
+    accident(monkeypatch)
+    assert list_complaints(tiny("--epochs", 1)) == ["train.py: cannot write experiments/curves.png"]
 
 
 def test_load_gives_the_trained_net_in_evaluation_mode(finished):
     model = train.load(finished)
     assert not model.training and {parameter.device.type for parameter in model.parameters()} == {"cpu"}
-    loss, accuracy, _ = train.evaluate(model, *load_tiny(None)[1], "fp32")
-    last = rows(finished)[-1]
-    assert accuracy == float(last["val_accuracy"]) and loss == pytest.approx(float(last["val_loss"]), rel=0.02)
+    result, last = train.evaluate(model, *load_tiny(None)[1], "fp32"), rows(finished)[-1]
+    assert result["val_accuracy"] == float(last["val_accuracy"])
+    assert result["val_loss"] == pytest.approx(float(last["val_loss"]), rel=0.02)
 
 
 def test_readme_classifies_a_picture_of_ones_own(finished, tmp_path, monkeypatch, capsys):
@@ -343,11 +571,17 @@ def test_readme_classifies_a_picture_of_ones_own(finished, tmp_path, monkeypatch
     (folder,) = re.findall(r'train\.load\("(.*?)"\)', code)
     (picture,) = re.findall(r'read\("(.*?)"\)', code)
     shutil.copytree(finished, tmp_path / folder)
-    shutil.copy(SCRIPT.parent / "Lenna.png", tmp_path / picture)
+    with Image.open(SCRIPT.parent / "Lenna.png") as lenna:  # wide, with bars of noise that the middle square cuts off
+        wide = Image.effect_noise((1024, 512), 200).convert("RGB")
+        wide.paste(lenna, (256, 0))
+    wide.convert("RGB").save(tmp_path / picture, "PNG")
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    exec(code, names := {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all(line.split()[0].endswith("%") and line.split()[1] in data.CLASSES for line in lines)
+    lenna = data.to_float(visualize_aug.read(SCRIPT.parent / "Lenna.png"))
+    expected = train.load(folder)(data.normalize(data.resize(lenna, 32)))
+    torch.testing.assert_close(names["logits"], expected, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- TensorBoard
@@ -401,92 +635,157 @@ def test_tensorboard_may_stay_open_while_a_run_is_stopped_and_resumed(finished, 
         assert first.exists()
         asked = {"allowedStatuses": ["STATUS_SUCCESS"], "startIndex": 0, "sliceSize": 10}
         (run,) = board.ask("hparams/session_groups", asked)["sessionGroups"]
-        assert run["hparams"].items() >= {"lr": 1e-3, "recipe": "baseline", "seed": 0, "widths": "(8, 8, 8)"}.items()
+        assert run["hparams"].items() >= {"lr": 1e-3, "recipe": "baseline", "seed": 0, "widths": "8,8,8"}.items()
         final = {metric["name"]["tag"]: metric["value"] for metric in run["metricValues"]}
-        for tag, column in train.VALIDATION_TAGS.items():
-            assert final[tag] == pytest.approx(float(rows(folder)[-1][column]))
+        for metric in train.METRICS:
+            assert final[f"{metric}/val"] == pytest.approx(float(rows(folder)[-1][f"val_{metric}"]))
 
 
 # ----------------------------------------------------------------------------------------------- stopping, resuming
-def die_in(tiny, cwd, *flags, kill_at=math.inf):
-    """Run train.py in a forked process that kills itself at its `kill_at`-th function call or return, be it in C.
+def run_and_die(tiny, cwd, *flags, kill_at):
+    """Run train.py in a process of its own that kills itself at its boundary number `kill_at`; the number it reached.
 
-    So every moment of a run can be hit, and hit again. Returns the status of os.waitpid; a run that came to its end
-    leaves their number, and those at which it entered and left data.write_file, in `cwd`/moments.
+    Boundaries are: before and after each file is written, before a written file takes its place, before each step of
+    training, and before each write of events.
     """
+    count = multiprocessing.get_context("fork").Value("i", 0)
     pid = os.fork()
-    if pid == 0:
-        moments, saving = 0, []
+    if pid:
+        os.waitpid(pid, 0)
+        return count.value
 
-        def count(frame, event, argument):
-            nonlocal moments
-            moments += 1
-            if moments >= kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if frame.f_code is data.write_file.__code__ and event in ("call", "return"):
-                saving.append(moments)
+    def pass_boundary():
+        count.value += 1
+        if count.value == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        # tqdm's lock is shared with forked processes: killed while it holds it, this one would lock us out for ever
-        train.tqdm.set_lock(threading.RLock())
-        code = 1
-        try:
-            sys.setprofile(count)
-            code = tiny(*flags, cwd=cwd).returncode
-            sys.setprofile(None)
-            (cwd / "moments").write_text(json.dumps([moments, saving]))
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(pid, 0)
-    return status
+    def wrap(place, name, after=False):
+        function = getattr(place, name)
 
+        def call(*arguments, **options):
+            pass_boundary()
+            result = function(*arguments, **options)
+            if after:
+                pass_boundary()
+            return result
 
-def moments_of(tiny, cwd, *flags):
-    """All moments of an uninterrupted run, and those in which it saves something."""
-    assert die_in(tiny, cwd, *flags) == 0
-    moments, saving = json.loads((cwd / "moments").read_text())
-    return range(1, moments), [moment for pair in zip(*[iter(saving)] * 2, strict=True) for moment in range(*pair)]
+        setattr(place, name, call)
+
+    train.tqdm.set_lock(threading.RLock())  # the shared one would stay locked if a killed process held it
+    wrap(data, "write_file", after=True)
+    wrap(os, "replace")
+    wrap(train, "train_step")
+    wrap(train.Events, "write")
+    tiny(*flags, cwd=cwd)
+    os._exit(0)
 
 
 @unix
 @pytest.mark.parametrize("recipe", ["baseline", "quick"])
-@pytest.mark.usefixtures("finished")  # so that all is imported before the moments are counted
-def test_a_killed_run_resumes_to_the_very_same_end(tiny, tmp_path, recipe):
-    flags = ("--recipe", recipe, "--augment", "both", "--epochs", 3, "--name", "run", "--resume")
-    (whole := tmp_path / "whole").mkdir()
-    everywhere, saving = moments_of(tiny, whole, *flags)
-    chance = random.Random(0)
-    for number in range(3):
-        (cwd := tmp_path / str(number)).mkdir()
-        folder = cwd / "experiments/run"
-        # The first kill is anywhere or while something is saved; some are killed again after they have been resumed
-        status = die_in(tiny, cwd, *flags, kill_at=chance.choice(everywhere if number % 2 else saving))
-        assert status == signal.SIGKILL
-        if number % 3 == 0:
-            die_in(tiny, cwd, *flags, kill_at=chance.choice(everywhere) // 2)
-        outcome = tiny(*flags, cwd=cwd)  # started, or gone on with: the same command does both
-        assert outcome.returncode == 0, outcome
-        assert agree(whole / "experiments/run", folder)
-        assert scalars(whole / "experiments/run") == scalars(folder)  # no point twice, none missing
-        assert (cwd / "experiments/curves.png").exists()
+@pytest.mark.usefixtures("finished")  # so that all is imported before processes are forked
+def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, recipe):
+    flags = ("--recipe", recipe, "--augment", "both", "--epochs", 2, "--name", "run", "--resume")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    boundaries = run_and_die(tiny, whole, *flags, kill_at=0)
+    assert boundaries > 30
+    for kill_at in range(1, boundaries + 1, 1 if recipe == "quick" else 5):
+        cwd = tmp_path / str(kill_at)
+        cwd.mkdir()
+        assert run_and_die(tiny, cwd, *flags, kill_at=kill_at) == kill_at
+        if kill_at % 3 == 0:
+            run_and_die(tiny, cwd, *flags, kill_at=kill_at // 2)  # some are killed again
+        assert tiny(*flags, cwd=cwd).returncode == 0
+        assert agree(whole / "experiments/run", cwd / "experiments/run")
+        assert scalars(whole / "experiments/run") == scalars(cwd / "experiments/run")  # no point twice, none missing
+        assert sorted(path.name for path in (cwd / "experiments").iterdir()) == ["curves.png", "run"]
 
 
-def test_resume_starts_or_goes_on_says_which_and_clears_what_killed_writers_left(tiny, tmp_path, interfere):
-    flags = ("--augment", "both", "--epochs", 3, "--resume")
-    folder, whole = (tmp_path / "experiments" / name for name in ("baseline-lr0.001-both-seed0", "whole"))
-    assert tiny(*flags, "--name", "whole").returncode == 0
+def test_resume_starts_a_run_that_has_no_checkpoint(tiny, interfere):
     interfere(train, "train_step", KeyboardInterrupt(), [2])  # a folder, and nothing to go on with
-    assert tiny(*flags).returncode == 130
+    assert tiny("--epochs", 1).returncode == 130
+    outcome = tiny("--epochs", 1, "--resume")
+    assert outcome.returncode == 0 and "seed0 on cpu, 1 threads, fp32: starts" in outcome.stdout
+
+
+def test_resume_goes_on_after_the_last_finished_epoch(finished, tiny, tmp_path, interfere):
+    flags = ("--epochs", 3, "--name", "run", "--resume")
     interfere(train, "train_step", KeyboardInterrupt(), [5])
-    outcome = tiny(*flags)
-    assert outcome.returncode == 130 and "starts" in outcome.stdout.splitlines()[0]
-    (folder / "checkpoint.pt.1-1.part").touch()
+    assert tiny(*flags).returncode == 130
     outcome = tiny(*flags)
     assert outcome.returncode == 0 and "continues after step 3 of 9" in outcome.stdout.splitlines()[0]
-    assert agree(whole, folder) and not list(folder.glob("*.part"))
+    assert agree(finished, tmp_path / "experiments/run")
+
+
+def test_resume_leaves_a_finished_run_as_it_is(copy, tiny):
+    folder = copy()
     before = (folder / "checkpoint.pt").read_bytes()
-    outcome = tiny(*flags)
+    outcome = tiny("--name", "run", "--resume")
     assert outcome.returncode == 0 and "is finished" in outcome.stdout.splitlines()[0]
-    assert (folder / "checkpoint.pt").read_bytes() == before and agree(whole, folder)
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_leftovers_of_killed_writers_are_removed(copy, tiny):
+    folder = copy()
+    for path in (folder / "checkpoint.pt.1-1.part", folder.parent / "curves.png.1-1.part"):
+        path.touch()
+    assert tiny("--name", "run", "--resume").returncode == 0
+    assert not [*folder.parent.rglob("*.part")]
+
+
+@pytest.mark.parametrize("flags", ["--batch-size 8 --epochs 1", "--epochs 1", "--held-out 10", "--precision fp32"])
+def test_resume_never_takes_a_run_with_other_settings(tiny, tmp_path, flags):
+    assert tiny(*flags.split()).returncode == 0
+    outcome = tiny("--resume")
+    assert "starts" in outcome.stdout and len([*tmp_path.glob("experiments/*/metrics.csv")]) == 2
+
+
+def test_resume_takes_the_highest_number_whatever_the_dates(finished, copy, tiny):
+    name = "baseline-lr0.001-none-epochs=3-seed0"
+    for date, ending in enumerate(("-2", "-10", "")):
+        os.utime(copy(name=name + ending) / "checkpoint.pt", (date, date))
+    assert f"{name}-10 on" in tiny("--epochs", 3, "--resume").stdout
+
+
+def test_resume_takes_the_newest_run_even_if_only_an_older_one_has_a_checkpoint(tiny, interfere):
+    assert tiny("--epochs", 1).returncode == 0
+    interfere(train, "train_step", KeyboardInterrupt(), [2])
+    assert tiny("--epochs", 1).returncode == 130
+    outcome = tiny("--epochs", 1, "--resume")
+    assert "seed0-2 on cpu" in outcome.stdout and "starts" in outcome.stdout
+
+
+def test_resume_passes_over_a_folder_that_it_may_not_write(copy, tiny, monkeypatch):
+    name = "baseline-lr0.001-none-epochs=1-seed0"
+    mates = copy(name=f"{name}-2")
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != mates.name)
+    assert f"{name}-3 on" in tiny("--epochs", 1, "--resume").stdout
+
+
+def test_ctrl_c_prints_the_command_that_goes_on_with_this_very_run(tiny, tmp_path, interfere):
+    assert tiny("--epochs", 1).returncode == 0
+    interfere(train, "train_step", KeyboardInterrupt(), [2])
+    command = shlex.split(complain(tiny("--epochs", 1), 130))
+    assert command[:2] == ["python", "train.py"]
+    assert "seed0-2 on cpu" in tiny(*command[2:]).stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_with_exit_code_130(tiny, interfere, monkeypatch, number):
+    interfere(train, "evaluate", lambda *_: signal.raise_signal(number))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert tiny().returncode == 130
+    assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends it at once
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+
+
+@unix
+def test_ctrl_c_while_pytorch_is_imported_shows_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    outcome = subprocess.run([sys.executable, "-P", SCRIPT], env=environment, capture_output=True, text=True)
+    assert outcome.returncode == -signal.SIGINT and outcome.stderr == ""
 
 
 def test_more_epochs_take_a_finished_run_to_what_a_longer_one_gives(copy, tiny, interfere):
@@ -501,28 +800,15 @@ def test_more_epochs_take_a_finished_run_to_what_a_longer_one_gives(copy, tiny, 
     assert config(folder)["epochs"] == 5 and first.endswith("--epochs 3") and further.endswith("--resume --epochs 5")
 
 
-@pytest.mark.parametrize("accident, code, says", [
-    (lambda *_: signal.raise_signal(signal.SIGINT), 130, "--resume"),
-    (lambda *_: signal.raise_signal(signal.SIGTERM), 130, "--resume"),
-    (MemoryError(), 1, "--batch-size"),
-    (torch.cuda.OutOfMemoryError(), 1, "--batch-size"),
-])  # fmt: skip
-def test_a_run_that_is_stopped_or_out_of_memory_says_how_to_go_on(tiny, interfere, accident, code, says):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in a shell's background would ignore
-    interfere(train, "evaluate", accident)
-    assert says in complain(tiny(), code)
-
-
-def test_resume_finds_the_run_of_a_name_that_was_saved_last(finished, copy, tiny):
-    first, second, third = (copy(name=finished.name + number) for number in ("", "-2", "-3"))
-    flags = ("--lr", "1e-3", "--epochs", 3, "--resume")
-    for times, newest in (((1, 2, 3), third), ((4, 2, 3), first), ((1, 3, 2), second)):
-        for folder, saved_at in zip((first, second, third), times, strict=True):
-            os.utime(folder / "checkpoint.pt", (saved_at, saved_at))
-        assert f"{newest.name} on" in tiny(*flags).stdout
-
-
 # ------------------------------------------------------------------------------------------------------------ errors
+@pytest.mark.parametrize("problem", [
+    MemoryError(), torch.cuda.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+])  # fmt: skip
+def test_a_run_out_of_memory_says_what_helps(tiny, interfere, problem):
+    interfere(train, "evaluate", problem)
+    assert "out of memory" in (line := complain(tiny(), 1)) and "--widths" in line
+
+
 def test_a_name_that_another_run_claims_meanwhile_is_refused_and_not_overwritten(copy, tiny, tmp_path, interfere):
     before = {}
     interfere(data, "load_cifar10", lambda root: copy() and before.update(list_files(tmp_path)))
@@ -535,57 +821,120 @@ def test_a_run_that_is_still_going_on_cannot_be_resumed_beside_it(copy, tiny, tm
     folder = copy()
     before = list_files(tmp_path)
     with FileLock(folder / ".lock"):
-        assert "in use" in complain(tiny("--name", "run", "--resume"), 2)
+        assert "in use" in (line := complain(tiny("--name", "run", "--resume"), 2)) and "wait" in line
     assert list_files(tmp_path) == before
     assert tiny("--name", "run", "--resume").returncode == 0
 
 
-@pytest.mark.parametrize("change, flags, says", [
-    (None, "--lr 0.5", "--lr 0.001: drop that flag"),
-    (None, "--recipe quick", "--recipe baseline: drop"),
-    (None, "--set tta=true", "--set tta=false: drop"),
-    (None, "--set widths=8,8", "--set widths=8,8,8: drop"),
-    (None, "--seed 1", "--seed 0: drop"),
-    (None, "--epochs 2", "--epochs 3.0: drop"),
-    (lambda saved: saved["settings"].update(muon=True), "--epochs 4", "--epochs 3.0 and a schedule that depends on it"),
-    # When its pictures grow depends on the epochs, and from the middle of an epoch it cannot go on
-    (lambda saved: saved["settings"].update(sizes=((17, 0.5),)), "--epochs 4", "--epochs 3.0 and a schedule"),
-    (lambda saved: saved["rows"][-1].update(epoch=2.5), "--epochs 4", "--epochs 3.0: drop"),
-    (lambda saved: saved["settings"].update(device="cuda"), "", "--device"),  # another may be named, see below
-    (lambda saved: saved["model"].update({"head.bias": torch.zeros(11)}), "", "does not fit this net and optimizer"),
-    (lambda saved: saved["optimizer"].clear(), "", "does not fit this net and optimizer"),
-    (lambda saved: saved.update(generator=torch.zeros(3)), "", "does not fit this net and optimizer"),
-    (lambda saved: saved.update(format=1), "", "cannot load "),  # an older net
-    (lambda saved: saved.clear(), "", "cannot load "),
-])  # fmt: skip
-def test_what_contradicts_a_run_or_does_not_fit_is_refused_leaving_nothing(copy, tiny, tmp_path, change, flags, says):
-    folder = copy(change)
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks_gets_a_line_and_the_run(tiny, monkeypatch, code):
+    def refuse(lock, timeout):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    outcome = tiny("--epochs", 1)
+    assert outcome.returncode == 0 and "cannot be locked" in outcome.stdout
+
+
+CONTRADICTIONS = {  # flags: the stored and the given value that the line names
+    "--lr 0.5": "--lr=0.001, not --lr=0.5",
+    "--recipe quick": "--recipe=baseline, not --recipe=quick",
+    "--tta": "--no-tta, not --tta",
+    "--widths 8,8": "--widths=8,8,8, not --widths=8,8",
+    "--sizes 24:0.5": "--sizes=, not --sizes=24:0.5",
+    "--seed 1": "--seed=0, not --seed=1",
+    "--epochs 2": "--epochs=3, not --epochs=2",
+    "--precision bf16": "--precision=fp32, not --precision=bf16",
+}
+
+
+@pytest.mark.parametrize("flags, says", CONTRADICTIONS.items())
+def test_a_flag_that_contradicts_a_saved_run_is_refused_with_both_values(copy, tiny, tmp_path, flags, says):
+    copy()
     before = list_files(tmp_path)
     line = complain(tiny("--name", "run", "--resume", *flags.split()), 2)
-    assert says in line and ("with --name" in line or not flags)
+    assert f"experiments/run was started with {says}" in line and "leave that flag out" in line and "--name" in line
     assert list_files(tmp_path) == before
-    assert "not fit" in says or not (folder / ".lock").exists()  # that shows only once the run is locked
+
+
+@pytest.mark.parametrize("change", [
+    lambda saved: saved["settings"].update(optimizer="muon"),
+    lambda saved: saved["settings"].update(sizes={24: 0.5}),  # when its images grow depends on the epochs
+    lambda saved: saved["rows"][-1].update(epoch=2.5),  # from the middle of an epoch it cannot go on
+])  # fmt: skip
+def test_more_epochs_are_refused_where_steps_depended_on_their_number(copy, tiny, tmp_path, change):
+    copy(change)
+    before = list_files(tmp_path)
+    assert "--epochs=3, not --epochs=4" in complain(tiny("--name", "run", "--resume", "--epochs", 4), 2)
+    assert list_files(tmp_path) == before
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda saved: saved["settings"].update(device="cuda"), "try --device auto"),
+    (lambda saved: saved["model"].update({"head.bias": torch.zeros(11)}), "does not fit this net and optimizer"),
+    (lambda saved: saved["optimizer"].clear(), "does not fit this net and optimizer"),
+    (lambda saved: saved.update(generator=torch.zeros(3, dtype=torch.uint8)), "does not fit this net and optimizer"),
+    (lambda saved: saved.update(format=1), "saved by another version of this code (format 1"),
+    (lambda saved: saved.clear(), "is damaged, or no checkpoint"),
+])  # fmt: skip
+def test_a_checkpoint_that_does_not_fit_is_refused_and_says_why(copy, tiny, tmp_path, change, says):
+    copy(change)
+    before = list_files(tmp_path)
+    assert says in complain(tiny("--name", "run", "--resume"), 2)
+    assert list_files(tmp_path) == before
+
+
+def test_a_mistake_in_the_students_own_net_is_not_blamed_on_the_checkpoint(copy, tiny, interfere):
+    copy()
+    interfere(train.ConvNet, "load_state_dict", TypeError("mine"))
+    with pytest.raises(TypeError, match="mine"):
+        tiny("--name", "run", "--resume")
 
 
 @pytest.mark.parametrize("share", [0, 0.5, None])
 def test_a_broken_checkpoint_is_refused_and_cannot_be_loaded(copy, tiny, share):
     raw = (path := copy() / "checkpoint.pt").read_bytes()
     path.write_bytes(b"not a checkpoint" if share is None else raw[: int(share * len(raw))])
-    assert "checkpoint.pt" in complain(tiny("--name", "run", "--resume"), 2)
-    with pytest.raises(train.UsageError, match=r"checkpoint\.pt"):
+    assert "checkpoint.pt is damaged" in complain(tiny("--name", "run", "--resume"), 2)
+    with pytest.raises(train.UsageError, match=r"checkpoint\.pt is damaged"):
         train.load(path.parent)
+
+
+def test_load_says_where_there_is_no_run(tmp_path):
+    with pytest.raises(train.UsageError, match=r"^no run at .*nowhere"):
+        train.load(tmp_path / "nowhere")
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_its_code_not_run(copy, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folder = copy(lambda saved: saved.update(extra=Malicious()))
+    with pytest.raises(train.UsageError):
+        train.load(folder)
+    assert train.read_curves(folder.parent) == {} and not Path("executed").exists()
 
 
 @pytest.mark.parametrize(
     "device, flag, precision", [("cpu", "", "bf16"), ("cpu", "--device auto", "bf16"), ("cuda", "--device cpu", "fp32")]
 )
-def test_a_run_goes_on_in_its_own_precision_unless_another_device_than_its_own_is_named(
-    finished, copy, tiny, device, flag, precision
-):
+def test_a_run_keeps_its_precision_unless_another_device_is_named(finished, copy, tiny, device, flag, precision):
     folder = copy(lambda saved: saved["settings"].update(device=device, precision="bf16"))
     assert f" {precision}:" in tiny("--name", "run", "--resume", "--epochs", 4, *flag.split()).stdout
     expected = config(finished) | {"precision": precision, "epochs": 4, "command": config(folder)["command"]}
     assert config(folder) == expected and len(rows(folder)) == 4
+
+
+@pytest.mark.parametrize("flag, precision", [("fp32", "fp32"), ("bf16", "bf16")])
+def test_precision_can_be_forced(tiny, tmp_path, interfere, flag, precision):
+    seen = set()
+    interfere(train, "train_step", lambda *given: seen.add(given[-1]))
+    interfere(train, "evaluate", lambda *given: seen.add(given[3]))
+    assert tiny("--epochs", 1, "--precision", flag).returncode == 0
+    assert seen == {precision}
 
 
 @unix
@@ -600,7 +949,8 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(finished, ti
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert re.search("File too large: '?experiments/run/checkpoint.pt", complain(outcome, 1))
+    line = complain(outcome, 1)
+    assert "File too large: experiments/run/checkpoint.pt" in line and "--resume" in line
     folder = tmp_path / "experiments/run"
     assert not list(folder.glob("*.part")) and not (folder / "checkpoint.pt").exists()
     assert tiny("--epochs", 3, "--name", "run", "--resume").returncode == 0
@@ -621,9 +971,9 @@ def test_a_loss_that_is_not_finite_is_not_saved_and_the_failed_run_lets_go_of_it
 
 def test_a_net_that_the_last_step_of_an_epoch_has_broken_is_not_saved(copy, tiny, monkeypatch):
     before = (path := copy() / "checkpoint.pt").read_bytes()
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: (math.nan, 0.1, None))
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: {"val_loss": math.nan, "val_accuracy": 0.1})
     line = complain(tiny("--name", "run", "--resume", "--epochs", 4), 1)
-    assert "validation loss is nan" in line and "--lr" in line
+    assert "validation loss is not finite" in line and "--lr" in line
     assert path.read_bytes() == before
 
 
@@ -641,19 +991,94 @@ def test_a_tilde_is_the_home_folder_and_a_name_may_have_spaces_and_dots(tiny, tm
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-def test_a_terminal_without_the_letters_a_foreign_backend_and_a_closed_stderr_do_not_matter(tmp_path):
-    """What a notebook, an old terminal or a shell hands on to a process of its own."""
+def run_process(cwd, *flags, **variables):
+    """train.py on the tiny set in a process of its own, without standard error."""
     code = "import os, sys; os.close(2); sys.stderr = None; import conftest, pytest, train; "
     code += "conftest.make_tiny(pytest.MonkeyPatch()); train.main()"
-    path = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent / "tests")])
-    variables = {"MPLBACKEND": "nonsense", "PYTHONIOENCODING": "ascii", "PYTHONPATH": path}
-    command = [sys.executable, "-c", code, "--name", "実験", "--epochs", "1"]
-    outcome = subprocess.run(command, cwd=tmp_path, env=os.environ | variables, stdout=subprocess.PIPE)
+    variables["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent / "tests")])
+    command = [sys.executable, "-c", code, *flags]
+    return subprocess.run(command, cwd=cwd, env=os.environ | variables, stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("variables", [
+    {"MPLBACKEND": "nonsense", "PYTHONIOENCODING": "ascii"},  # as a notebook and an old terminal hand them on
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},  # the name is not even text to Python
+])  # fmt: skip
+def test_an_odd_environment_and_a_name_in_other_letters_do_not_matter(tmp_path, variables):
+    outcome = run_process(tmp_path, "--name", "実験", "--epochs", "1", **variables)
     assert outcome.returncode == 0
-    assert b"run experiments/?? on cpu" in outcome.stdout.replace(b"\\", b"/")
+    assert b"run experiments/??" in outcome.stdout.replace(b"\\", b"/")
     assert len(rows(tmp_path / "experiments/実験")) == 1
     with Image.open(tmp_path / "experiments/curves.png") as picture:
         assert min(picture.size) > 400
+
+
+# --------------------------------------------------------------------------------------------------- several at once
+@pytest.fixture
+def turns(monkeypatch, tmp_path):
+    """Runs take turns, as on a user's machine, with locks in `tmp_path`."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return SimpleNamespace(device="cpu")
+
+
+def is_locked(path):
+    try:
+        FileLock(path).acquire(timeout=0).lock.release()
+    except filelock.Timeout:
+        return True
+    return False
+
+
+def test_a_run_that_had_its_turn_waits_until_another_has_had_its_own(turns, tmp_path):
+    order = []
+
+    def run():
+        with train.take_turn(turns):
+            order.append("other")
+
+    with ThreadPoolExecutor(1) as pool:
+        with train.take_turn(turns):
+            other = pool.submit(run)
+            while not is_locked(next(tmp_path.iterdir()) / "queue"):  # until it is the next
+                pass
+            order.append("one")
+        with train.take_turn(turns):
+            order.append("one")
+        other.result()
+    assert order == ["one", "other", "one"]
+
+
+def test_a_run_that_waits_names_the_process_that_trains(turns, capsys, monkeypatch):
+    acquire = FileLock.acquire
+    monkeypatch.setattr(FileLock, "acquire", lambda lock, timeout=-1: acquire(lock, timeout if timeout < 0 else 0.1))
+    done = threading.Event()
+
+    def wait():
+        with train.take_turn(turns):
+            done.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        with train.take_turn(turns):
+            waiter = pool.submit(wait)
+            while not (line := capsys.readouterr().out):
+                assert not done.wait(0.1)
+        waiter.result()
+    assert f"waiting for process {os.getpid()}" in line and "OMP_NUM_THREADS" in line
+
+
+@pytest.mark.parametrize("device, threads", [("cuda", None), ("cpu", "1")])
+def test_on_a_gpu_or_with_omp_num_threads_nobody_waits(turns, monkeypatch, device, threads):
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    with train.take_turn(SimpleNamespace(device=device)), train.take_turn(SimpleNamespace(device=device)):
+        assert not Path(tempfile.tempdir, "train.py-0").exists()
+
+
+def test_without_a_place_for_locks_runs_take_no_turns(turns, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with train.take_turn(turns), train.take_turn(turns):
+        pass
 
 
 @pytest.mark.parametrize("name", ["train.py", "bn.py", "visualize_aug.py"])
