@@ -312,9 +312,9 @@ def train_epoch(model, optimizer, loader, settings, step, steps, report):
     def means(sums):
         return {f"train_{metric}": sums[metric] / sums["images"] for metric in METRICS}
 
+    watched, said = is_watched(), time.monotonic()
     batches = itertools.islice(loader, count)
-    bar = tqdm(batches, total=count, leave=False, disable=not is_watched(), mininterval=0.5)
-    said = time.monotonic()
+    bar = tqdm(batches, total=count, leave=False, disable=not watched, mininterval=0.5)
     for number, (images, labels) in enumerate(bar, 1):
         rate = learning_rate(settings, step, steps)
         optimizer.param_groups[0]["lr"] = rate
@@ -329,7 +329,7 @@ def train_epoch(model, optimizer, loader, settings, step, steps, report):
         if number % every == 0 or number == count:
             now = {"epoch": step / len(loader), "step": step, "time": time.time()}
             report(now | {"train_learning_rate": rate} | means(recent))
-            if not is_watched() and time.monotonic() - said > 60:
+            if not watched and time.monotonic() - said > 60:  # in a log, a line per minute
                 said = time.monotonic()
                 print(f"step {step} of {steps}", flush=True)
             total.update(recent)  # adds to it
@@ -358,7 +358,9 @@ def evaluate(model, images, labels, precision, tta=False):
     training = model.training
     model.eval()
     logits = predict(model, images, precision)
-    means = {f"val_{metric}": measure(logits, labels).mean().item() for metric, measure in METRICS.items()}
+    means = {}
+    for metric, measure in METRICS.items():
+        means[f"val_{metric}"] = measure(logits, labels).mean().item()
     if tta:  # only the quarter it is least sure of: other answers hardly ever change (Hiverge's speed-run, 2025)
         certainty = logits.softmax(1).amax(1)
         unsure = certainty.argsort()[: math.ceil(len(labels) / 4)]
@@ -447,7 +449,8 @@ class Events:
                     part, _, metric = key.partition("_")
                     if metric:  # train_loss becomes loss/train, in one chart with all runs, beside loss/val
                         summary = scalar(f"{metric}/{part}", value)
-                        writer.write_event(Event(wall_time=point["time"], step=point["step"], summary=summary))
+                        event = Event(wall_time=point["time"], step=point["step"], summary=summary)
+                        writer.write_event(event)
             writer.flush()
             self.writer, self.written = writer, len(points)
 
@@ -455,9 +458,9 @@ class Events:
         """A new file, which tells TensorBoard to purge everything from step 0 on."""
         writer = EventsWriter(str(self.path), f".{time.time_ns()}")
         writer.write_event(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
-        values = dict(
-            self.settings, widths=write_value(self.settings["widths"]), sizes=write_value(self.settings["sizes"])
-        )
+        values = dict(self.settings)
+        for key in ("widths", "sizes"):
+            values[key] = write_value(values[key])
         metrics = {f"{metric}/val": 0 for metric in METRICS}
         for summary in hparams(values, metrics):
             writer.write_event(Event(wall_time=time.time(), summary=summary))
@@ -494,13 +497,15 @@ def draw_curves(path, runs):
 
     labels = [write_label(name) for name in runs]
     columns = 2 if max(map(len, labels), default=0) <= 32 else 1
-    figure = Figure(figsize=(11, 4.2 + 0.22 * math.ceil(len(labels) / columns)), layout="constrained")
+    lines = math.ceil(len(labels) / columns)
+    figure = Figure(figsize=(11, 4.2 + 0.22 * lines), layout="constrained")
     for metric, panel in zip(METRICS, figure.subplots(1, len(METRICS)), strict=True):
         for number, curves in enumerate(runs.values()):
             marker = "os^Dv"[number % 5]  # with 7 colors, 35 runs look different
             look = {"color": COLORS[number % 7], "linewidth": 1}
-            panel.plot(*curves[f"train_{metric}"], "--" + marker, markersize=1, **look)
-            panel.plot(*curves[f"val_{metric}"], "-" + marker, markersize=5, label=labels[number], **look)
+            training, validation = curves[f"train_{metric}"], curves[f"val_{metric}"]
+            panel.plot(*training, "--" + marker, markersize=1, **look)
+            panel.plot(*validation, "-" + marker, markersize=5, label=labels[number], **look)
         last = max(1, panel.get_xlim()[1])
         panel.set(title=f"{metric}: training dashed, validation solid", xlabel="epoch", xlim=(0, last))
         panel.locator_params(axis="x", integer=True)
@@ -538,13 +543,14 @@ def claim_folder(settings):
     A run claims its folder by making it: if two runs start at once, only one can make it. The other one takes the next
     number or, with --name, is refused.
     """
-    names = [settings.name]
-    if settings.name is None:
+    name, endings = settings.name, [""]
+    if name is None:
         name = name_run(settings)
-        names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
-    if names[0] in ("", ".", "..") or Path(names[0]).name != names[0] or "\\" in names[0]:
-        raise UsageError(f"--name {names[0]!r} must be the name of one folder, without slashes")
-    folders = [Path(settings.experiments).expanduser() / name for name in names]
+        endings += [f"-{number}" for number in range(2, 1000)]
+    if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+        raise UsageError(f"--name {name!r} must be the name of one folder, without slashes")
+    experiments = Path(settings.experiments).expanduser()
+    folders = [experiments / (name + ending) for ending in endings]
     taken = [folder for folder in folders if folder.exists()]
     mine = [folder for folder in taken if os.access(folder, os.W_OK)]  # in a shared folder, not a mate's
     if settings.resume and mine:
@@ -644,7 +650,8 @@ def run():
             settings.precision = choose_precision(settings.device)
         if count := settings.held_out:
             images, labels = train_set
-            train_set, val_set = (images[:-count], labels[:-count]), (images[-count:], labels[-count:])
+            train_set = images[:-count], labels[:-count]
+            val_set = images[-count:], labels[-count:]
         try:
             train(settings, train_set, val_set, folder, saved)
         except KeyboardInterrupt:
@@ -689,7 +696,8 @@ def train(settings, train_set, val_set, folder, saved):
 
     threads = torch.get_num_threads()
     print(f"run {folder} on {settings.device}, {threads} threads, {settings.precision}: {how}", flush=True)
-    for left_over in (*folder.glob("*.part"), *folder.parent.glob("*.part")):  # of killed writers
+    left_overs = [*folder.glob("*.part"), *folder.parent.glob("curves.png.*.part")]  # of killed writers
+    for left_over in left_overs:
         left_over.unlink(missing_ok=True)
     write_tables(folder, stored, command, rows)
     events = Events(folder / "events", stored)

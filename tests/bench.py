@@ -130,14 +130,31 @@ train.main()
 def first_step(recipe):
     """From the prompt to the first step less the time to read the data, against `import torch`: pairs of processes."""
     pairs = []
+    theirs = [sys.executable, "-c", "import os, torch; os._exit(0)"]  # both end without cleaning up
     for _ in range(6):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-c", FIRST_STEP, "--recipe", recipe, "--experiments", folder]
             start = time.perf_counter()
-            reading = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+            reading = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr
             ours = time.perf_counter() - start - float(reading)
-        pairs.append(ours / seconds(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True)))
+        pairs.append(ours / seconds(lambda: subprocess.run(theirs, check=True)))
     return f"{statistics.median(pairs[1:]):6.2f}   ({min(pairs[1:]):.2f} to {max(pairs[1:]):.2f}, 5 pairs)"
+
+
+def three_runs(together):
+    """Seconds that three short runs take as whole commands, started together or one after the other."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    start, processes = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(3):
+            command = [sys.executable, "train.py", "--recipe", "quick", "--epochs", "0.1", "--seed", str(seed)]
+            command += ["--experiments", folder]
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
+            if not together:
+                processes[-1].wait()
+        if any(process.wait() for process in processes):
+            sys.exit("bench.py: a run failed")
+    return time.perf_counter() - start
 
 
 def main():
@@ -161,6 +178,9 @@ def main():
     print("from the prompt to the first training step, less reading the data: python train.py / import torch")
     for recipe in train.RECIPES:
         print(f"  {recipe:24} {first_step(recipe)}", flush=True)
+    print("three runs of quick --epochs 0.1 at once / one after the other, as whole commands")
+    ratios = [three_runs(together=True) / three_runs(together=False) for _ in range(3)]
+    print(f"  {'':24} {statistics.median(ratios):6.2f}   ({min(ratios):.2f} to {max(ratios):.2f}, 3 pairs)", flush=True)
     print("loading, augmenting and resizing: share of an epoch")
     for recipe in ("quick", "best"):
         print(f"  {recipe:24} {data_share(recipe)}", flush=True)
