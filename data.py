@@ -139,6 +139,7 @@ def _download_archive(root):
     url, part = SITE + ARCHIVE, root / PART
     print(f"CIFAR-10: downloading {url} (170 MB)", flush=True)
     raw = bytearray(part.read_bytes() if part.exists() else b"")
+    start = len(raw)
     try:
         while True:
             before = len(raw)
@@ -151,11 +152,12 @@ def _download_archive(root):
                 elif len(raw) <= before:  # this try brought nothing new
                     raise DataError(f"{url} could not be downloaded ({str(problem).strip()})") from None
     except BaseException:  # Ctrl-C too
-        if raw:
+        if len(raw) > start:
             with contextlib.suppress(OSError):
                 write_file(part, raw)
         raise
-    part.unlink(missing_ok=True)
+    if len(raw) > start:  # not a login page in place of the archive
+        part.unlink(missing_ok=True)
     yield from _unpack(raw)
 
 
@@ -243,10 +245,10 @@ def color(images, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0
         hue: h is drawn from [-hue, hue], in turns.
 
     Raises:
-        ValueError: the images are not floating point, or (on a CPU) the first one exceeds 1.
+        ValueError: the images are not floating point, or (on a CPU) the first one clearly exceeds 1.
     """
     batch = len(images)
-    too_bright = images.device.type == "cpu" and images[:1].gt(1).any()  # a GPU would have to wait for the answer
+    too_bright = images.device.type == "cpu" and images[:1].gt(1.01).any()  # a GPU would have to wait for the answer
     if too_bright or not images.is_floating_point():
         raise ValueError("color takes floating-point images from 0 to 1: call to_float before it, normalize after it")
 
@@ -375,9 +377,6 @@ def prepare_script():
             stream.reconfigure(errors="replace")  # letters that the terminal cannot show
 
 
-prepare_streams = prepare_script  # the old name
-
-
 def write_file(path, raw, patience=0):
     """Write the bytes `raw`: `path` holds the old file or the new one, never half.
 
@@ -401,32 +400,8 @@ def write_file(path, raw, patience=0):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
-    except OSError as problem:
+    except BaseException as problem:  # Ctrl-C too
         partial.unlink(missing_ok=True)
-        raise OSError(problem.errno, problem.strerror, str(path)) from None
-
-
-@contextlib.contextmanager
-def survive_failure(path):
-    """Only the checkpoint can end a run: if another file cannot be written, a line says so and the run goes on."""
-    try:
-        yield
-    except OSError as problem:
-        print(f"train.py: cannot write {path} ({problem.strerror or problem}): continuing without it", file=sys.stderr)
-
-
-def new_figure(width, height):
-    """A matplotlib figure of that size in inches, to be saved."""
-    if "ipykernel" not in sys.modules:
-        # A notebook hands its backend on to the scripts that it starts. They need none, and where it is not installed
-        # matplotlib cannot even be imported.
-        os.environ.pop("MPLBACKEND", None)
-    from matplotlib.figure import Figure  # not at the top, as it takes longer than the first steps of training
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save_figure(figure, path, dpi):
-    """Save a figure, whole or not at all, in the format that the ending of `path` names."""
-    figure.savefig(picture := io.BytesIO(), format=path.suffix[1:].lower(), dpi=dpi)
-    write_file(path, picture.getvalue())
+        if isinstance(problem, OSError):
+            raise OSError(problem.errno, problem.strerror, str(path)) from None
+        raise
