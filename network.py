@@ -19,8 +19,8 @@ def symmetrize(filters):
     """Make filters (outputs, inputs, 3, 3), or their gradients, mirror-symmetric, in place.
 
     Mirror the input of such a convolution and put its channels in the order of `mirror_channels`: then the output is
-    mirrored too, with its channels in that order. So the net learns each image's mirror image as well. Two channels
-    that swap have filters that are mirror images of each other, and a channel that stays has symmetric filters.
+    mirrored too, with its channels in that order. So the net learns each image's mirror image as well. The filters
+    of two channels that swap are mirror images of each other, once their input channels are swapped as well.
     (T. Cohen and M. Welling, "Group Equivariant Convolutional Networks", 2016, for the group of two elements.)
     """
     mirrored = mirror_channels(mirror_channels(filters, 0), 1).flip(3)
@@ -62,8 +62,8 @@ class ConvNet(nn.Module):
     Args:
         widths: channels of each group; the convolutions of a group with C channels cost about C * C.
         mirror: the convolutions treat an image and its mirror image alike (see `symmetrize`). The net must start from
-            `whiten`, 4 must divide the widths, and 8 the height and width of the images: then no pooling meets an even
-            map, and the symmetry is exact.
+            `whiten`. Widths must be divisible by 4, and the sides of images by 8: then no pooling meets an even map, and
+            the symmetry is exact.
     """
 
     def __init__(self, widths=(32, 64, 128), mirror=False):
@@ -95,8 +95,8 @@ class ConvNet(nn.Module):
         Neighboring pixels are nearly equal, so a filter sees almost the same number four times. With the patches
         rotated to their principal axes and scaled to equal variance, the net learns faster from the first step on.
         There are 12 such filters. Photographs are as likely as their mirror images, so 6 filters are symmetric, and
-        mirroring changes only the sign of the others. Their negatives are added, because SiLU drops most of a negative
-        output.
+        mirroring changes only the sign of the others. The negatives of all 12 are added, because SiLU drops most of a
+        negative output.
 
         The first filters of each 3x3 convolution start as the identity of its input channels. So the image and the
         gradients pass every layer from the first step on. Random filters would blur both a little more in each layer
@@ -176,7 +176,7 @@ class Muon:
                 step = orthogonalize(direction.flatten(1))
                 parameter.sub_(lr * step.view_as(parameter))
             else:
-                # airbench94 divides the logits by their n inputs; to divide the rate by n ** 2 does the same
+                # airbench94 divides the logits by their n inputs; dividing the rate by n ** 2 does the same
                 factor = 1 / 4 if parameter.ndim == 1 else 3.3 / parameter.shape[1] ** 2
                 rate = lr * self.batch_size
                 parameter.mul_(1 - 1e-5 * rate)
@@ -194,7 +194,7 @@ def orthogonalize(matrix, steps=3):
     """Roughly U V^T of the singular value decomposition U S V^T of a matrix, by Newton-Schulz iteration.
 
     Each step applies an odd polynomial to the singular values. Most of them end between 0.7 and 1.2. It needs only
-    matrix products, so it is far faster than an SVD. (The polynomial is the one of Muon's authors.)
+    matrix products, so it is far faster than an SVD. (The polynomial comes from Muon's authors.)
     """
     x = matrix / (matrix.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]

@@ -51,12 +51,12 @@ BASELINE = {  # setting: (value, what it does)
     "recipe": ("baseline", "default values of the settings below; on two cores baseline 81.3% in 120 s, "
                "quick 77.8% in 6, coffee 89.6% in 84, lunch 92.3% in 250, best 93.3% in 547"),
     "lr": (1e-3, "learning rate: how far a step moves the weights"),
-    "epochs": (5.0, "how often each training image is seen; may be a fraction"),
+    "epochs": (5.0, "how many times each training image is seen; may be a fraction"),
     "batch_size": (128, "images per step: more give a better direction, but fewer steps"),
     "augment": ("none", "change training images at random: position (flips and shifts), color, or both"),
     "widths": ((32, 64, 128), "channels of the net's three groups of layers: wide ones learn more and cost more"),
     "sizes": ({}, "16:0.2,24:0.6 shrinks the images to 16x16 until 0.2 of the steps are done, then to 24x24 until 0.6:"
-              " small images show coarse shapes, which come first, and cost less"),
+              " small images cost less and show the coarse shapes, which a net learns first"),
     "whiten": (False, "start from computed weights instead of random ones (ConvNet.whiten)"),
     "mirror": (False, "treat an image and its mirror image alike, and so learn from both (network.symmetrize)"),
     "optimizer": ("adam", "adam at a constant rate, or muon (network.Muon) at a rate that falls to 0"),
@@ -129,12 +129,12 @@ def widths(text):
     """ "64,128,256" -> (64, 128, 256)"""
     channels = tuple(map(number(int, 1, 4096), text.split(",")))
     if len(channels) > 3:
-        raise argparse.ArgumentTypeError(f"{text} has more than 3 widths: a fourth group of layers leaves no pixel")
+        raise argparse.ArgumentTypeError(f"{text} has more than 3 widths")
     return channels
 
 
 def sizes(text):
-    """ "16:0.2,24:0.6" -> {16: 0.2, 24: 0.6}; of smaller images, three groups of layers leave no pixel."""
+    """ "16:0.2,24:0.6" -> {16: 0.2, 24: 0.6}; below 16x16, three groups of layers leave no pixel."""
     read_size, read_share = number(int, 16, 64), number(float, 0, 1)
     pairs = [pair.split(":") for pair in text.split(",") if pair]
     pairs = [(read_size(size), read_share(share)) for size, share in pairs]
@@ -219,7 +219,7 @@ def read_settings(arguments, stored=None):
     in_fours = all(width % 4 == 0 for width in settings.widths)
     in_eights = all(size % 8 == 0 for size in settings.sizes)
     if settings.mirror and not (settings.whiten and in_fours and in_eights):
-        raise UsageError("--mirror needs --whiten, --widths that 4 divides, and --sizes that 8 divides")
+        raise UsageError("--mirror needs --whiten, --widths divisible by 4, and --sizes divisible by 8")
     return settings
 
 
@@ -294,7 +294,7 @@ def accuracy(logits, labels):
     return (logits.argmax(1) == labels).cpu().double()
 
 
-# What is logged, for each image: a new metric is one more entry. The loss has no label smoothing, so that runs compare
+# What is logged, for each image: a new metric is one more entry. Without label smoothing, losses can be compared.
 METRICS = {"loss": CrossEntropyLoss(reduction="none"), "accuracy": accuracy}
 
 
@@ -361,7 +361,7 @@ def evaluate(model, images, labels, precision, tta=False):
     means = {}
     for metric, measure in METRICS.items():
         means[f"val_{metric}"] = measure(logits, labels).mean().item()
-    if tta:  # only the quarter it is least sure of: other answers hardly ever change (Hiverge's speed-run, 2025)
+    if tta:  # only the least certain quarter: other answers hardly ever change (Hiverge's speed-run, 2025)
         certainty = logits.softmax(1).amax(1)
         unsure = certainty.argsort()[: math.ceil(len(labels) / 4)]
         logits[unsure] = predict(model, images[unsure], precision, tta=True)
@@ -403,7 +403,7 @@ def first_line(problem):
 
 @contextlib.contextmanager
 def survive(path):
-    """Only the checkpoint can end a run: if anything else cannot be written or drawn, a line says so."""
+    """Only the checkpoint has to be written: if anything else cannot be, a line says so and the run goes on."""
     try:
         yield
     except Exception as problem:
@@ -414,7 +414,7 @@ def write_tables(folder, settings, command, rows):
     """Write config.json (how to repeat the run) and metrics.csv (what each epoch measured)."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     config = settings | {"command": command, "versions": versions, "threads": torch.get_num_threads()}
-    columns = rows[-1] if rows else ["epoch"]  # the last row has the most
+    columns = dict.fromkeys(key for row in rows for key in row)  # not all rows have the same
     table = csv.DictWriter(text := io.StringIO(), columns, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
@@ -427,7 +427,7 @@ def write_tables(folder, settings, command, rows):
 class Events:
     """What TensorBoard shows of a run: its curves and its settings (HPARAMS).
 
-    Each start of a run opens a new file, has TensorBoard drop the older events, and writes those again with their old
+    Each start of a run opens a new file, has TensorBoard drop the older events, and writes them again with their old
     times. So each step is shown once, even after a kill and while TensorBoard stays open. (The thread of tensorboardX's
     SummaryWriter would die of a full disk unnoticed.)
     """
@@ -439,7 +439,7 @@ class Events:
         self.written = 0
 
     def write(self, points):
-        """Write the new ones of a run's points; at first, and after a failure, all of them."""
+        """Write a run's new points; at first, and after a failure, all of its points."""
         writer, self.writer = self.writer, None  # until this has succeeded
         with survive(self.path):
             if writer is None:
@@ -552,7 +552,7 @@ def claim_folder(settings):
     experiments = Path(settings.experiments).expanduser()
     folders = [experiments / (name + ending) for ending in endings]
     taken = [folder for folder in folders if folder.exists()]
-    mine = [folder for folder in taken if os.access(folder, os.W_OK)]  # in a shared folder, not a mate's
+    mine = [folder for folder in taken if os.access(folder, os.W_OK)]  # in a shared folder, not another user's
     if settings.resume and mine:
         return mine[-1]
     if taken and len(folders) > 1:
@@ -591,7 +591,7 @@ def wait_for(path):
 
 @contextlib.contextmanager
 def take_turn(settings):
-    """Have the CPU for a stretch of training: this user's runs on one machine take turns.
+    """Hold the CPU for a stretch of training: this user's runs on one machine take turns.
 
     Side by side they would be several times slower: PyTorch's threads wait for each other, and meanwhile other runs
     have their cores. Whoever holds `queue` is next, so a run that has just had its turn cannot overtake. Nobody waits
@@ -610,10 +610,10 @@ def take_turn(settings):
 
 
 def continue_run(saved, folder):
-    """The settings of a saved run, with what the command line may change; UsageError if it contradicts the run.
+    """The settings of a saved run, updated from the command line; UsageError if the command line contradicts the run.
 
-    It may change the device, and with it the precision. After whole epochs at a constant rate and image size, no step
-    has depended on the number of epochs, so that may change as well.
+    The command line may change the device, and with it the precision. After whole epochs at a constant rate and image
+    size, no step has depended on the number of epochs, so that may change as well.
     """
     stored = saved["settings"]
     settings = read_settings(sys.argv[1:], stored | {"precision": "auto"})
@@ -751,7 +751,7 @@ def describe(row, steps):
 
 # ------------------------------------------------------------------------------------------------------------- main
 def stop(number, frame):
-    """Ctrl-C and SIGTERM end the run in order. A second one ends it at once."""
+    """Ctrl-C and SIGTERM stop the run cleanly. A second one ends it at once."""
     signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt
 
@@ -779,7 +779,7 @@ def main():
         fail(1, problem)
     except OSError as problem:
         where = f": {problem.filename}" if problem.filename else ""
-        fail(1, f"{first_line(problem)}{where} (once that is mended, --resume goes on)")
+        fail(1, f"{first_line(problem)}{where} (fix this, then continue with --resume)")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -121,7 +121,7 @@ def complete(study):
                 continue
             rows = train_once(run, seed)
             with open(RESULTS / "runs.csv", "a", newline="") as file:
-                table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
                 if not file.tell():
                     table.writeheader()
                 table.writerows({"run": run, "seed": seed, **row} for row in rows)
@@ -159,7 +159,7 @@ ACCURACY = ("runs", "training accuracy", "validation accuracy")
 TABLES = {  # head of the first column: {its text: run}, the other columns
     "`--lr`": (RATES, (*ACCURACY, "training loss", "validation loss")),
     "`--augment`": (AUGMENTATIONS, (*ACCURACY, "gap in points")),
-    "each line adds to those above": (TRICKS, ("runs", "validation accuracy", "seconds")),
+    "each row adds to the rows above": (TRICKS, ("runs", "validation accuracy", "seconds")),
     "`--recipe`": (
         LADDER,
         ("runs", "validation accuracy", "lowest", "with test-time augmentation", "seconds", "whole command", "memory"),

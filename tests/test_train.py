@@ -303,8 +303,8 @@ MISUSE = {  # flags: what the line says
     "--sizes 16:0.6,16:0.2": "growing shares", "--sizes 20:a": "--sizes",
     "--widths 8,8,8,8": "8,8,8,8 has more than 3 widths", "--widths 8,0": "--widths: 0 must be from 1",
     "--widths 8,x": "--widths: invalid widths value: '8,x'", "--widths=": "--widths", "--mirror maybe": "maybe",
-    "--mirror": "needs --whiten", "--recipe quick --widths 8,6": "--widths that 4 divides",
-    "--recipe quick --sizes 20:0.5": "--sizes that 8 divides", "--set tta=true": "--set",
+    "--mirror": "needs --whiten", "--recipe quick --widths 8,6": "--widths divisible by 4",
+    "--recipe quick --sizes 20:0.5": "--sizes divisible by 8", "--set tta=true": "--set",
     "--device cuda:1": "CUDA_VISIBLE_DEVICES=1", "--precision fp16": "--precision",
     "--augment sideways": "--augment", "--recipe cake": "--recipe", "--colour": "--colour",
     "--device abacus": "--device", "--device cuda": "cuda cannot be used (",
@@ -919,6 +919,12 @@ def test_a_flag_that_contradicts_a_saved_run_is_refused_with_both_values(copy, t
     line = complain(tiny("--name", "run", "--resume", *flags.split()), 2)
     assert f"experiments/run was started with {says}" in line and "leave that flag out" in line and "--name" in line
     assert list_files(tmp_path) == before
+
+
+def test_more_epochs_go_on_after_a_last_epoch_with_test_time_augmentation(tiny, tmp_path):
+    assert tiny("--epochs", 1, "--tta", "--name", "run").returncode == 0
+    assert tiny("--epochs", 2, "--name", "run", "--resume").returncode == 0
+    assert [row["val_accuracy_tta"] != "" for row in rows(tmp_path / "experiments/run")] == [True, True]
 
 
 @pytest.mark.parametrize("change", [
