@@ -62,8 +62,8 @@ class ConvNet(nn.Module):
     Args:
         widths: channels of each group; the convolutions of a group with C channels cost about C * C.
         mirror: the convolutions treat an image and its mirror image alike (see `symmetrize`). The net must start from
-            `whiten`. Widths must be divisible by 4, and the sides of images by 8: then no pooling meets an even map, and
-            the symmetry is exact.
+            `whiten`. Widths must be divisible by 4, and the sides of images by 8: then no pooling meets an even map,
+            and the symmetry is exact.
     """
 
     def __init__(self, widths=(32, 64, 128), mirror=False):

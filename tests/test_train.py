@@ -923,8 +923,8 @@ def test_a_flag_that_contradicts_a_saved_run_is_refused_with_both_values(copy, t
 
 def test_more_epochs_go_on_after_a_last_epoch_with_test_time_augmentation(tiny, tmp_path):
     assert tiny("--epochs", 1, "--tta", "--name", "run").returncode == 0
-    assert tiny("--epochs", 2, "--name", "run", "--resume").returncode == 0
-    assert [row["val_accuracy_tta"] != "" for row in rows(tmp_path / "experiments/run")] == [True, True]
+    assert tiny("--epochs", 3, "--name", "run", "--resume").returncode == 0
+    assert [row["val_accuracy_tta"] != "" for row in rows(tmp_path / "experiments/run")] == [True, False, True]
 
 
 @pytest.mark.parametrize("change", [
