@@ -23,7 +23,7 @@ shapes = st.tuples(st.integers(2, 40), st.integers(1, 5))
 FIGURE = (ROOT / "results" / "figure1.txt").read_text()
 
 
-@given(shapes, st.sampled_from([(), (1e-3,), (1e-5, 0.5), (np.float64(0.1), 1.0)]), seeds)
+@given(shapes, st.sampled_from([(), (1e-3, 0.0), (1e-5, 0.5), (np.float64(0.1), 1.0)]), seeds)
 def test_float64_gives_pytorchs_results_in_training_and_inference(shape, eps_and_momentum, seed):
     rng = np.random.default_rng(seed)
     ours = bn.BatchNorm(shape[1], *eps_and_momentum)
@@ -63,7 +63,7 @@ def test_gradients_match_finite_differences(shape, seed):
 
 
 @given(shapes, st.sampled_from([1e-42, 1e-3, 1.0, 1e30]), st.sampled_from([0, 1e6]), st.sampled_from([1, 2, 40]), seeds)
-def test_float32_of_any_size_is_as_exact_as_its_rounding(shape, spread, offset, repeated, seed):
+def test_float32_stays_exact_at_any_size_and_offset(shape, spread, offset, repeated, seed):
     rng = np.random.default_rng(seed)
     layer = bn.BatchNorm(shape[1], momentum=1.0)
     layer.gamma, layer.beta = rng.normal(size=(2, shape[1]))
@@ -88,9 +88,8 @@ def test_float32_of_any_size_is_as_exact_as_its_rounding(shape, spread, offset, 
 def test_float64_at_1e8_keeps_its_variance():
     x = np.random.default_rng(0).normal(size=(5000, 4)) + 1e8
     layer = bn.BatchNorm(4, momentum=1)
-    y = layer.forward(x)
     near = torch.tensor(x - 1e8)  # exact
-    np.testing.assert_allclose(y, functional.batch_norm(near, None, None, training=True), atol=1e-6)
+    np.testing.assert_allclose(layer.forward(x), functional.batch_norm(near, None, None, training=True), atol=1e-6)
     np.testing.assert_allclose(layer.running_var, near.var(0), rtol=1e-10)
 
 
@@ -158,8 +157,9 @@ def test_the_class_has_no_loop():
     nodes = [node for part in tree.body if isinstance(part, ast.ClassDef) for node in ast.walk(part)]
     loops = ast.For, ast.AsyncFor, ast.While, ast.comprehension, ast.Lambda
     assert [ast.unparse(node) for node in nodes if isinstance(node, loops)] == []
-    calls = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    assert calls == {"len", "ValueError", "RuntimeError"}  # neither map nor a function that loops elsewhere
+    calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    known = {"len", "ValueError", "RuntimeError", "np.ones", "np.zeros", "np.array", "np.asarray", "np.sqrt"}
+    assert {call for call in calls if call.removeprefix("np.").isidentifier()} == known  # no map, no np.vectorize
 
 
 @pytest.mark.parametrize("logit, target, loss", [(1e3, 0, 1e3), (-1e3, 1, 1e3), (1e3, 1, 0), (-40, 0, math.exp(-40))])
@@ -191,13 +191,11 @@ def test_pytorch_trains_the_mlp_to_the_same_losses_and_validates_at_0_028781():
         hidden = functional.batch_norm(images[part] @ w1, *running, gamma, beta, training).sigmoid()
         return functional.binary_cross_entropy_with_logits(hidden @ w2, targets[part], reduction="sum")
 
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
     for line in FIGURE.splitlines()[:50]:
         value = loss(slice(9), training=True)
         assert line.endswith(f"loss: {value:.6f}")
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
+        for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
+            parameter.data -= 0.1 * gradient
     assert f"{loss(slice(9, 10), training=False):.6f}" == "0.028781"  # and with bn.py's plain averages 0.028552
 
 
