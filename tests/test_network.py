@@ -102,6 +102,14 @@ def test_symmetrized_filters_mirror_the_outputs_of_a_mirrored_image_with_swapped
             torch.testing.assert_close(filters[c, d], (before[c, d] + other) / 2)
 
 
+def test_a_mirror_net_classifies_the_mean_of_the_features_of_both_mirror_images():
+    model, images = net(widths=(8,), mirror=True).eval(), noise(4, 3, 32, 32)
+    maps = model.groups(F.silu(model.stem(images)))
+    features = maps.flatten(2).max(2).values
+    mean = (features + features[:, [0, 3, 2, 1, 4, 7, 6, 5]]) / 2
+    torch.testing.assert_close(model(images), mean @ model.head.weight.T + model.head.bias)
+
+
 def step_three_times(model, optimizer, size):
     for seed in range(3):
         images, targets = noise(6, 3, size, size, seed=seed), torch.arange(6) + seed

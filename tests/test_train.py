@@ -830,7 +830,7 @@ def test_ctrl_c_prints_the_command_that_goes_on_with_this_very_run(tiny, tmp_pat
     assert tiny("--epochs", 1).returncode == 0
     interfere(train, "train_step", KeyboardInterrupt(), [2])
     command = shlex.split(complain(tiny("--epochs", 1), 130))
-    assert command[:2] == ["python", "train.py"]
+    assert command[:2] == ["python", "train.py"] and command[-2].endswith("seed0-2") and command[-1] == "--resume"
     assert "seed0-2 on cpu" in tiny(*command[2:]).stdout
 
 
