@@ -94,9 +94,10 @@ def test_one_more_panel_widens_the_figure():
     assert after.get_figwidth() / 4 == before.get_figwidth() / 3 and after.axes[-1].get_position().x1 < 1
 
 
-def test_very_tall_picture_is_drawn(tmp_path):
+def test_very_tall_picture_fits_into_the_figure(tmp_path):
     ramp("L", 1, 1024).save(tmp_path / "tall.png")
-    assert run("tall.png", cwd=tmp_path).returncode == 0
+    run("tall.png", cwd=tmp_path)
+    assert Image.open(tmp_path / "tall_aug.png").height < 2000
 
 
 @pytest.mark.parametrize("ending, first", [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("JPG", b"\xff\xd8")])
@@ -118,11 +119,9 @@ def test_pictures_of_the_same_name_get_results_of_their_own(tmp_path):
     assert names == {"a/x_aug.png", "b/x_aug.png", "b/x.jpg_aug.png"}
 
 
-@pytest.mark.parametrize("name", ["out", "out.xyz"])
-def test_unknown_ending_is_refused_with_a_list(name, tmp_path):
-    line = complain(run(ROOT / "Lenna.png", "--output", name, cwd=tmp_path), 2)
-    assert name in line and ".pdf, " in line and ".png, " in line
-    assert not list(tmp_path.iterdir())
+def test_unknown_ending_is_refused_with_a_list(tmp_path):
+    line = complain(run(ROOT / "Lenna.png", "--output", "out.xyz", cwd=tmp_path), 2)
+    assert "out.xyz must end in one of ." in line and ".pdf, " in line and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("output", ["thing.png", "../folder/thing.png", "link.png"])
