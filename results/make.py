@@ -251,13 +251,13 @@ def draw_curves():
     """Figure 2, the curves at three rates; and Figure 4, the curves of the best recipe. Both show seed 0."""
     curves = train.read_curves(REPORT)
     for name, shown in (("figure2.png", [*RATES.values()]), ("figure4.png", [LADDER["best"]])):
-        missing = [run for run in shown if find_folder(run, 0).name not in curves]
-        for run in missing:
-            command = f"python train.py {run} --experiments experiments/report --name {find_folder(run, 0).name}"
+        folders = {f"python train.py {run}": find_folder(run, 0).name for run in shown}
+        missing = {command: folder for command, folder in folders.items() if folder not in curves}
+        for command, folder in missing.items():
+            command += f" --experiments experiments/report --name {folder}"
             print(f"results/{name} is not drawn again; its run is missing. This makes it: {command}")
         if not missing:
-            labels = {f"python train.py {run}": curves[find_folder(run, 0).name] for run in shown}
-            train.draw_curves(RESULTS / name, labels)
+            train.draw_curves(RESULTS / name, {command: curves[folder] for command, folder in folders.items()})
             print(f"wrote results/{name}", flush=True)
 
 
