@@ -413,7 +413,7 @@ def survive(path):
 def write_tables(folder, settings, command, rows):
     """Write config.json (how to repeat the run) and metrics.csv (what each epoch measured)."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    config = settings | {"command": command, "versions": versions, "threads": torch.get_num_threads()}
+    config = settings | {"command": command, "format": FORMAT, "versions": versions, "threads": torch.get_num_threads()}
     columns = dict.fromkeys(key for row in rows for key in row)  # not all rows have the same
     table = csv.DictWriter(text := io.StringIO(), columns, lineterminator="\n")
     table.writeheader()
@@ -491,14 +491,15 @@ def find_curve(points, key):
     return [float(point["epoch"]) for point in found], [float(point[key]) for point in found]
 
 
-def draw_curves(path, runs):
-    """Draw the curves of `runs`, from `read_curves`, in one picture with a panel for each metric (Figure 2)."""
+def draw_curves(runs):
+    """A matplotlib Figure of the curves of `runs`, from `read_curves`, with a panel for each metric (Figure 2)."""
     from matplotlib.figure import Figure  # not at the top: that takes longer than the first steps of training
 
     labels = [write_label(name) for name in runs]
-    columns = 2 if max(map(len, labels), default=0) <= 32 else 1
+    short = max(map(len, labels), default=0) <= 22
+    columns, fontsize = (2, 12) if short else (1, 9)
     lines = math.ceil(len(labels) / columns)
-    figure = Figure(figsize=(11, 4.2 + 0.22 * lines), layout="constrained")
+    figure = Figure(figsize=(9, 4.2 + 0.22 * lines), layout="constrained")
     for metric, panel in zip(METRICS, figure.subplots(1, len(METRICS)), strict=True):
         for number, curves in enumerate(runs.values()):
             marker = "os^Dv"[number % 5]  # with 7 colors, 35 runs look different
@@ -507,22 +508,31 @@ def draw_curves(path, runs):
             panel.plot(*training, "--" + marker, markersize=1, **look)
             panel.plot(*validation, "-" + marker, markersize=5, label=labels[number], **look)
         last = max(1, panel.get_xlim()[1])
-        panel.set(title=f"{metric}: training dashed, validation solid", xlabel="epoch", xlim=(0, last))
+        panel.set(xlabel="epoch", xlim=(0, last))
+        panel.set_title(metric, fontsize=14)
         panel.locator_params(axis="x", integer=True)
         panel.grid(alpha=0.3)
+        if metric == "accuracy":
+            panel.yaxis.set_major_formatter("{x:.0%}")
     legend = panel.get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=columns, frameon=False)
+    title = "training dashed, validation solid"
+    figure.legend(*legend, loc="outside lower center", ncols=columns, fontsize=fontsize, title=title, frameon=False)
+    return figure
+
+
+def save_picture(figure, path):
+    """Write a matplotlib Figure; the ending of `path` chooses the format."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters of a name that the font does not have
-        figure.savefig(picture := io.BytesIO(), dpi=110)
+        figure.savefig(picture := io.BytesIO(), format=path.suffix[1:], dpi=110)
     data.write_file(path, picture.getvalue())
 
 
 def write_label(name):
     """A run's name for the legend: only text, not too long, and neither hidden (_name) nor a formula ($...$)."""
     name = os.fsencode(name).decode(errors="replace")
-    if len(name) > 66:
-        name = f"{name[:31]}...{name[-32:]}"
+    if len(name) > 60:
+        name = f"{name[:28]}...{name[-29:]}"
     return " " + name.replace("$", r"\$")
 
 
@@ -660,7 +670,7 @@ def run():
             raise
         curves = folder.parent / "curves.png"
         with survive(curves):
-            draw_curves(curves, read_curves(folder.parent))
+            save_picture(draw_curves(read_curves(folder.parent)), curves)
     print(f"finished: {folder / 'metrics.csv'}, curves of all runs in {curves}")
 
 

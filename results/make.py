@@ -1,18 +1,19 @@
 """Make every table and picture of README again, from real runs on the real data.
 
-    python results/make.py                 train the runs missing from results/runs.csv, then draw (all: two hours)
+    python results/make.py                 train the runs missing from results/runs.csv, then draw (all: 4 hours)
     python results/make.py rates           train for one study only: rates, augmentation, tricks or speed
     python results/make.py none            train nothing, only draw
 
-Every run is a command line of train.py. Each run adds one row per epoch to runs.csv. Delete its rows to measure it
-again. Pictures of single runs are drawn from their folders in experiments/report/.
+Every run is a command line of train.py and a row of runs.csv. Delete the row to measure it again. A row whose recipe or
+code has changed since does not count. Pictures of single runs are drawn from their folders in experiments/report/.
 """
 
 import argparse
 import csv
-import functools
+import hashlib
 import io
-import os
+import itertools
+import json
 import re
 import shlex
 import shutil
@@ -36,8 +37,9 @@ import visualize_aug  # noqa: E402
 
 RESULTS = ROOT / "results"
 REPORT = ROOT / "experiments" / "report"
-MEASURED = ("epoch", "step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
-COLUMNS = ("run", "seed", *MEASURED, "val_accuracy_tta", "whole_seconds", "peak_gib", "gflops")
+MEASURED = ("step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_accuracy_tta")
+COSTS = ("whole_seconds", "peak_gib", "gflops")
+COLUMNS = ("run", "seed", "settings", *MEASURED, *COSTS)
 
 # The quick recipe taken apart: each trick adds to those before it. The first trains the same net the baseline's way.
 PLAIN = "--recipe quick --sizes= --label-smoothing 0"
@@ -56,20 +58,31 @@ RATES = {rate: f"--lr {rate}" for rate in ("1e-3", "1e-4", "1e-5")}
 # study: {run, as flags of train.py: number of seeds}. What takes longest comes last.
 STUDIES = {
     "rates": dict(zip(RATES.values(), (3, 1, 1), strict=True)),
-    "tricks": dict.fromkeys(TRICKS.values(), 3),
+    "tricks": dict.fromkeys(TRICKS.values(), 10),
     "augmentation": dict.fromkeys(AUGMENTATIONS.values(), 3),
-    "speed": dict(zip(LADDER.values(), (3, 10, 3, 3, 5), strict=True)),
+    "speed": {run: 3 for run in LADDER.values()} | {LADDER["quick"]: 10},
 }
+
+# Runs a command, and prints its seconds and its peak memory. A process of its own, because the system counts at least
+# the memory of whoever starts a program; make.py has loaded PyTorch, and this has loaded next to nothing.
+STOPWATCH = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
 
 
 # --------------------------------------------------------------------------------------------------------- training
 def measure_gflops():
     """A yardstick between machines: GFLOP/s of the best of six 2048 x 2048 matrix products, in bf16 or fp32."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[train.choose_precision("cpu")]
-    a, seconds = torch.ones(2048, 2048, dtype=dtype), []
+    matrix = torch.ones(2048, 2048, dtype=dtype)
+    seconds = []
     for _ in range(6):
         start = time.perf_counter()
-        a @ a
+        matrix @ matrix
         seconds.append(time.perf_counter() - start)
     return 2 * 2048**3 / min(seconds) / 1e9
 
@@ -78,8 +91,19 @@ def find_folder(run, seed):
     return REPORT / re.sub(r"[^\w.-]+", "_", f"{run} seed{seed}".replace("--", ""))
 
 
+def fingerprint(settings):
+    """A short text that changes with every setting but the seed and the device, and with the version of the code."""
+    kept = {key: settings[key] for key in train.BASELINE if key not in ("seed", "device", "precision")}
+    return hashlib.sha256(json.dumps([train.FORMAT, kept]).encode()).hexdigest()[:12]
+
+
+def is_current(row):
+    """Whether a run would have the same settings today."""
+    return row["settings"] == fingerprint(vars(train.read_settings(shlex.split(row["run"]))))
+
+
 def train_once(run, seed):
-    """Train by that command line, in a process of its own; the rows for runs.csv."""
+    """Train by that command line, in a process of its own. Returns the row for runs.csv."""
     folder = find_folder(run, seed)
     if folder.exists():
         try:
@@ -87,156 +111,171 @@ def train_once(run, seed):
                 shutil.rmtree(folder)
         except Timeout:
             sys.exit(f"make.py: {folder} is in use: wait until its run has ended")
-    command = [sys.executable, "train.py", *run.split(), "--seed", str(seed)]
+    command = [sys.executable, "train.py", *shlex.split(run), "--seed", str(seed)]
     command += ["--device", "cpu", "--experiments", str(REPORT), "--name", folder.name]
     print(f"{run} --seed {seed}", flush=True)
-    gflops, start = measure_gflops(), time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    before = measure_gflops()
+    watched = subprocess.run([sys.executable, "-c", STOPWATCH, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if watched.returncode:
         sys.exit(f"make.py: failed: {shlex.join(command)}")
-    peak = usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    costs = {"whole_seconds": time.perf_counter() - start, "peak_gib": peak, "gflops": (gflops + measure_gflops()) / 2}
+    seconds, peak = map(float, watched.stdout.split())
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes or kibibytes
+    costs = {"whole_seconds": seconds, "peak_gib": peak / unit, "gflops": (before + measure_gflops()) / 2}
+    config = json.loads((folder / "config.json").read_text())
     with open(folder / "metrics.csv", newline="") as file:
+        measured = list(csv.DictReader(file))[-1]
+    row = {"run": run, "seed": str(seed), "settings": fingerprint(config)}
+    row |= {column: measured.get(column, "") for column in MEASURED}
+    return row | {name: f"{cost:.2f}" for name, cost in costs.items()}
+
+
+def read_rows():
+    """The rows of results/runs.csv whose settings are still those of today."""
+    path = RESULTS / "runs.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    rows[-1] |= {name: f"{cost:.2f}" for name, cost in costs.items()}
-    return rows
+    if rows and tuple(rows[0]) != COLUMNS:
+        sys.exit(f"make.py: {path} has other columns than {', '.join(COLUMNS)}: remove it, to train everything again")
+    current = [row for row in rows if is_current(row)]
+    if len(current) < len(rows):
+        print(f"{path.name}: {len(rows) - len(current)} rows of older settings do not count")
+    return current
 
 
-def read_runs():
-    """{run: {seed: its rows, one an epoch}}, from results/runs.csv."""
-    runs = {}
-    if (RESULTS / "runs.csv").exists():
-        with open(RESULTS / "runs.csv", newline="") as file:
-            for row in csv.DictReader(file):
-                runs.setdefault(row["run"], {}).setdefault(int(row["seed"]), []).append(row)
-    return runs
+def write_rows(rows):
+    table = csv.DictWriter(text := io.StringIO(), COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    data.write_file(RESULTS / "runs.csv", text.getvalue().encode())
 
 
 def complete(study):
-    """Train what results/runs.csv lacks of a study; every finished run is added at once."""
+    """Train the runs of a study that are missing from results/runs.csv; each finished run is added at once."""
     for run, seeds in STUDIES[study].items():
-        for seed in range(seeds):
-            if seed in read_runs().get(run, {}):
+        for seed in map(str, range(seeds)):
+            rows = read_rows()
+            if any(row["run"] == run and row["seed"] == seed for row in rows):
                 continue
-            rows = train_once(run, seed)
-            with open(RESULTS / "runs.csv", "a", newline="") as file:
-                table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-                if not file.tell():
-                    table.writeheader()
-                table.writerows({"run": run, "seed": seed, **row} for row in rows)
-            print(f"  {float(rows[-1]['val_accuracy']):.2%} in {float(rows[-1]['train_seconds']):.1f} s", flush=True)
-
-
-def last(runs, run, column):
-    """What a column holds after the last epoch of each seed."""
-    return [float(rows[-1][column]) for rows in runs.get(run, {}).values() if rows[-1][column]]
+            row = train_once(run, seed)
+            write_rows([*rows, row])
+            print(f"  {float(row['val_accuracy']):.2%} in {float(row['train_seconds']):.1f} s", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
-def spread(values):
-    """Mean and, of several, their standard deviation, as text."""
-    return f"{statistics.mean(values):.2%}" + (f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else "")
+def find(rows, run, column):
+    """What a column of runs.csv holds for each seed of a run; nothing if the run does not measure it."""
+    texts = [row[column] for row in rows if row["run"] == run]
+    return [float(text) for text in texts] if any(texts) else []
 
 
-# column: how its text is made; of(name) lists the last value of each seed
-CELLS = {
-    "runs": lambda of: len(of("val_accuracy")),
-    "training accuracy": lambda of: spread(of("train_accuracy")),
-    "validation accuracy": lambda of: spread(of("val_accuracy")),
-    "lowest": lambda of: f"{min(of('val_accuracy')):.2%}",
-    "with test-time augmentation": lambda of: spread(of("val_accuracy_tta")) if of("val_accuracy_tta") else "",
-    "gap in points": lambda of: (
-        f"{round(100 * (statistics.mean(of('train_accuracy')) - statistics.mean(of('val_accuracy'))), 1) + 0:+}"
-    ),  # + 0 turns -0.0 into 0.0
-    "training loss": lambda of: f"{statistics.mean(of('train_loss')):.3f}",
-    "validation loss": lambda of: f"{statistics.mean(of('val_loss')):.3f}",
-    "seconds": lambda of: f"{statistics.median(of('train_seconds')):.0f}",
-    "whole command": lambda of: f"{statistics.median(of('whole_seconds')):.0f}",
-    "memory": lambda of: f"{max(of('peak_gib')):.1f} GiB",
+def write_spread(values):
+    """The mean and, of several, their standard deviation."""
+    if len(values) > 1:
+        return f"{statistics.mean(values):.2%} ± {100 * statistics.stdev(values):.2f}"
+    return f"{values[0]:.2%}" if values else ""
+
+
+def write_mean(values):
+    return f"{statistics.mean(values):.3f}"
+
+
+def write_median(values):
+    return f"{statistics.median(values):.0f}"
+
+
+CELLS = {  # column of a table: (column of runs.csv, how to write the values of all seeds)
+    "runs": ("seed", lambda values: f"{len(values)}"),
+    "training accuracy": ("train_accuracy", write_spread),
+    "validation accuracy": ("val_accuracy", write_spread),
+    "lowest": ("val_accuracy", lambda values: f"{min(values):.2%}"),
+    "with test-time augmentation": ("val_accuracy_tta", write_spread),
+    "training loss": ("train_loss", write_mean),
+    "validation loss": ("val_loss", write_mean),
+    "seconds": ("train_seconds", write_median),
+    "whole command": ("whole_seconds", write_median),
+    "memory": ("peak_gib", lambda values: f"{max(values):.1f} GiB"),
 }
-ACCURACY = ("runs", "training accuracy", "validation accuracy")
+RESULT = ("runs", "training accuracy", "validation accuracy")
+SPEED = ("lowest", "with test-time augmentation", "seconds", "whole command", "memory")
 TABLES = {  # head of the first column: {its text: run}, the other columns
-    "`--lr`": (RATES, (*ACCURACY, "training loss", "validation loss")),
-    "`--augment`": (AUGMENTATIONS, (*ACCURACY, "gap in points")),
+    "`--lr`": (RATES, (*RESULT, "training loss", "validation loss")),
+    "`--augment`": (AUGMENTATIONS, RESULT),
+    "`--recipe`": (LADDER, ("runs", "validation accuracy", *SPEED)),
     "each row adds to the rows above": (TRICKS, ("runs", "validation accuracy", "seconds")),
-    "`--recipe`": (
-        LADDER,
-        ("runs", "validation accuracy", "lowest", "with test-time augmentation", "seconds", "whole command", "memory"),
-    ),
 }
 
 
-def write_table(runs, head):
+def write_table(rows, head):
     """One of TABLES, of the runs that are there, as Markdown."""
     named, columns = TABLES[head]
     lines = [[head, *columns], ["---"] * (1 + len(columns))]
     for text, run in named.items():
-        if run in runs:
-            lines.append([text, *(CELLS[column](functools.partial(last, runs, run)) for column in columns)])
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+        if find(rows, run, "seed"):
+            cells = [CELLS[column] for column in columns]
+            lines.append([text, *(write(find(rows, run, key)) for key, write in cells)])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def write_tables(runs):
+def write_tables(rows):
     """All tables; README shows them line by line."""
-    return "\n".join(write_table(runs, head) for head in TABLES)
+    return "\n".join(write_table(rows, head) for head in TABLES)
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
 def save(figure, name):
-    figure.savefig(picture := io.BytesIO(), format=name.split(".")[1], dpi=110)
-    data.write_file(RESULTS / name, picture.getvalue())
+    train.save_picture(figure, RESULTS / name)
     print(f"wrote results/{name}", flush=True)
 
 
+def find_shapes(model):
+    """The shapes of an image and of what each part of the net makes of it, from a forward pass."""
+    images = torch.zeros(1, 3, data.SIZE, data.SIZE)
+    shapes = [images.shape[1:]]
+    for part in (model.stem, *model.groups, model.head):
+        part.register_forward_hook(lambda layer, inputs, output: shapes.append(output.shape[1:]))
+    model(images)
+    return shapes
+
+
 def draw_network():
-    """How the shapes change from layer to layer of the baseline's net, as its own forward pass shows them."""
-    model, shapes = network.ConvNet(), [("image", (3, 32, 32))]
-    names = {torch.nn.Conv2d: "conv\n{0}x{0}", torch.nn.MaxPool2d: "max pool\n{0}x{0}", torch.nn.Linear: "linear"}
-
-    def look(layer, inputs, output):
-        if isinstance(layer, torch.nn.Linear):  # what comes before it is a function and no layer
-            shapes.append(("max over\nall pixels", tuple(inputs[0][0].shape)))
-        size = getattr(layer, "kernel_size", None)
-        shapes.append((names[type(layer)].format(size[0] if isinstance(size, tuple) else size), tuple(output[0].shape)))
-
-    for layer in model.modules():
-        if type(layer) in names:
-            layer.register_forward_hook(look)
-    model(torch.zeros(1, 3, 32, 32))
-    figure = Figure(figsize=(11, 2.8), layout="constrained")
-    axes, left = figure.subplots(), 0
-    for name, (channels, *sides) in shapes:
-        width, height = 0.3 + channels / 80, sides[0] if sides else 1
-        axes.bar(left, height, width, -height / 2, align="edge", color=train.COLORS[5 if sides else 4])
-        axes.text(left + width / 2, 18, "x".join(map(str, (channels, *sides))), ha="center", fontsize=9)
-        axes.text(left + width / 2, -18, name, ha="center", va="top", fontsize=9)
-        left += max(width, 1) + 1.2
-    axes.set(xlim=(-1.2, left), ylim=(-25, 22), title="channels x height x width of an image after each layer")
-    axes.axis("off")
+    """How the shape of an image changes from part to part of the baseline's net."""
+    model = network.ConvNet()
+    words = {"Conv2d": "conv 3x3", "MaxPool2d": "max pool", "BatchNorm2d": "batch norm", "SiLU": "SiLU"}
+    groups = [[words[type(layer).__name__] for layer in group] for group in model.groups]
+    layers = [[], ["conv 2x2", "SiLU"], *groups, ["max over pixels", "linear"]]
+    titles = ("image", "stem", "group 1", "group 2", "group 3", "head")
+    figure = Figure(figsize=(7.2, 7), layout="constrained")
+    figure.suptitle("channels (width of a box) x height x width after each part", fontsize=15)
+    rows = figure.subplots(2, 1)
+    for number, (channels, *sides) in enumerate(find_shapes(model)):
+        axes, middle = rows[number // 3], 40 * (number % 3)
+        height = sides[0] if sides else 1
+        color = train.COLORS[5 if sides else 4]
+        axes.bar(middle, height, channels / 5, -height / 2, color=color, edgecolor="black")
+        shape = " x ".join(map(str, (channels, *sides)))
+        axes.text(middle, 19, f"{titles[number]}\n{shape}", ha="center", fontsize=15)
+        axes.text(middle, -19, "\n".join(layers[number]), ha="center", va="top", fontsize=13)
+        axes.set(xlim=(-20, 100), ylim=(-58, 30))
+        axes.axis("off")
     save(figure, "network.png")
 
 
-def draw_ladder(runs):
+def draw_ladder(rows):
     """Accuracy against time, of every recipe, and what the assignment asks for."""
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
+    label = {"textcoords": "offset points", "fontsize": 13}
     for name, run in LADDER.items():
-        accuracies = last(runs, run, "val_accuracy")
-        if not accuracies:
-            continue
-        seconds = statistics.median(last(runs, run, "train_seconds"))
-        height = 100 * statistics.mean(accuracies)
-        axes.plot(seconds, height, "o", color=train.COLORS[0], markersize=9)
-        text = f"{name}\n{height:.1f}%"
-        axes.annotate(
-            text, (seconds, height), (0, 9), textcoords="offset points", ha="center", va="bottom", fontsize=13
-        )
+        if accuracies := find(rows, run, "val_accuracy"):
+            point = statistics.median(find(rows, run, "train_seconds")), 100 * statistics.mean(accuracies)
+            axes.plot(*point, "o", color=train.COLORS[0], markersize=9)
+            axes.annotate(f"{name}\n{point[1]:.1f}%", point, (0, 9), ha="center", va="bottom", **label)
     axes.axhline(75, color="black", linewidth=1)
     axes.plot(1800, 75, "X", color="black", markersize=10)
-    text = "full marks: 75%, in half an hour"
-    axes.annotate(text, (1800, 75), (0, -10), textcoords="offset points", ha="right", va="top", fontsize=13)
-    axes.set(xscale="log", xlim=(4, 2400), ylim=(70, 98))
+    axes.annotate("full marks: 75%, in half an hour", (1800, 75), (0, -10), ha="right", va="top", **label)
+    axes.set(xscale="log", xlim=(4, 2600), ylim=(70, 99))
     axes.set_xlabel("seconds of training, two CPU cores", fontsize=13)
     axes.set_ylabel("validation accuracy, %", fontsize=13)
     ticks = [5, 10, 30, 60, 120, 300, 600, 1800]
@@ -247,18 +286,70 @@ def draw_ladder(runs):
     save(figure, "ladder.png")
 
 
-def draw_curves():
-    """Figure 2, the curves at three rates; and Figure 4, the curves of the best recipe. Both show seed 0."""
-    curves = train.read_curves(REPORT)
-    for name, shown in (("figure2.png", [*RATES.values()]), ("figure4.png", [LADDER["best"]])):
-        folders = {f"python train.py {run}": find_folder(run, 0).name for run in shown}
-        missing = {command: folder for command, folder in folders.items() if folder not in curves}
-        for command, folder in missing.items():
-            command += f" --experiments experiments/report --name {folder}"
-            print(f"results/{name} is not drawn again; its run is missing. This makes it: {command}")
-        if not missing:
-            train.draw_curves(RESULTS / name, {command: curves[folder] for command, folder in folders.items()})
-            print(f"wrote results/{name}", flush=True)
+def are_there(name, runs):
+    """Whether the folders of these runs, seed 0, are there; if not, lines that say how to make them."""
+    missing = [run for run in runs if not (find_folder(run, 0) / "checkpoint.pt").exists()]
+    for run in missing:
+        command = f"python train.py {run} --experiments experiments/report --name {find_folder(run, 0).name}"
+        print(f"results/{name} is not drawn again; its run is missing. This makes it: {command}")
+    return not missing
+
+
+def draw_rates():
+    """Figure 2: the curves at three learning rates, seed 0."""
+    if are_there("figure2.png", RATES.values()):
+        curves = train.read_curves(REPORT)
+        named = {f"learning rate {rate}": curves[find_folder(run, 0).name] for rate, run in RATES.items()}
+        save(train.draw_curves(named), "figure2.png")
+
+
+def draw_best():
+    """Figure 4: the curves of the best recipe, seed 0, and where training goes on to larger images."""
+    run = LADDER["best"]
+    if are_there("figure4.png", [run]):
+        settings = train.read_settings(shlex.split(run))
+        figure = train.draw_curves({run: train.read_curves(REPORT)[find_folder(run, 0).name]})
+        larger = [*settings.sizes, data.SIZE][1:]
+        for panel, (size, share) in itertools.product(figure.axes, zip(larger, settings.sizes.values(), strict=True)):
+            epoch = share * settings.epochs
+            panel.axvline(epoch, color="black", linestyle=":")
+            panel.text(epoch, 0.98, f" {size} pixels", va="top", transform=panel.get_xaxis_transform())
+        save(figure, "figure4.png")
+
+
+def draw_mistakes():
+    """Figure 5: what the best recipe, seed 0, takes for what in the test images, and its surest mistakes."""
+    run = LADDER["best"]
+    if not are_there("figure5.png", [run]):
+        return
+    images, labels = data.load_cifar10(ROOT / "datasets")[1]
+    certainty, answers = train.predict(train.load(find_folder(run, 0)), images, "fp32").softmax(1).max(1)
+    figure = Figure(figsize=(7.2, 11.5), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(6.2, 5.3))
+
+    axes = top.subplots()
+    counts = torch.bincount(10 * labels + answers, minlength=100).view(10, 10)
+    shares = 100 * counts / counts.sum(1, keepdim=True)
+    axes.imshow(shares.numpy(), cmap="Oranges", vmax=12)
+    for row, column in itertools.product(range(10), repeat=2):
+        share = shares[row, column]
+        text = f"{share:.0f}" if row == column else f"{share:.1f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=12)
+    axes.set_xticks(range(10), data.CLASSES, rotation=60, ha="right", rotation_mode="anchor", fontsize=13)
+    axes.set_yticks(range(10), data.CLASSES, fontsize=13)
+    axes.set_xlabel("what the network says", fontsize=14)
+    axes.set_ylabel("what the label says", fontsize=14)
+    axes.set_title("How many percent of each class are taken for what", fontsize=14)
+
+    bottom.suptitle("Its surest mistakes", fontsize=14)
+    wrong = torch.nonzero(answers != labels).flatten()
+    surest = wrong[certainty[wrong].argsort(descending=True)][:12]
+    for index, panel in zip(surest, bottom.subplots(3, 4).flat, strict=True):
+        panel.imshow(images[index].permute(1, 2, 0).numpy())
+        answer, label = data.CLASSES[answers[index]], data.CLASSES[labels[index]]
+        panel.set_title(f"says {answer}\nlabel {label}", fontsize=12)
+        panel.axis("off")
+    save(figure, "figure5.png")
 
 
 def main():
@@ -266,18 +357,24 @@ def main():
     parser = argparse.ArgumentParser(description="Make every table and picture of README again.")
     parser.add_argument("study", nargs="?", choices=[*STUDIES, "none"], help="the study to train for (default: all)")
     study = parser.parse_args().study
-    for name in STUDIES:
-        if study in (None, name):
-            complete(name)
-    runs = read_runs()
-    (RESULTS / "tables.md").write_text(write_tables(runs), encoding="utf-8")
-    print(write_tables(runs))
+    if study != "none":
+        if sys.platform == "win32":
+            sys.exit("make.py: it cannot measure memory on Windows: train in WSL, or only draw with `none`")
+        for name in STUDIES:
+            if study in (None, name):
+                complete(name)
+    rows = read_rows()
+    tables = write_tables(rows)
+    data.write_file(RESULTS / "tables.md", tables.encode())
+    print(tables)
     printed = subprocess.run([sys.executable, "bn.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (RESULTS / "figure1.txt").write_text(printed)
+    data.write_file(RESULTS / "figure1.txt", printed.encode())
     draw_network()
     save(visualize_aug.draw(visualize_aug.read(ROOT / "Lenna.png")), "figure3.jpg")  # as JPEG, a fraction of the bytes
-    draw_ladder(runs)
-    draw_curves()
+    draw_ladder(rows)
+    draw_rates()
+    draw_best()
+    draw_mistakes()
 
 
 if __name__ == "__main__":
