@@ -120,19 +120,26 @@ def copy(finished, tmp_path):
 
 
 @pytest.fixture
-def interfere(monkeypatch):
-    """Has some calls of a function (counted from 1), or all, raise an exception, or first hand their arguments on."""
+def before(monkeypatch):
+    """Has a function run an action first, with the same arguments: in every call, or in `calls`, counted from 1."""
 
     def arrange(place, name, action, calls=None):
         function, number = getattr(place, name), itertools.count(1)
 
         def call(*arguments):
             if calls is None or next(number) in calls:
-                if isinstance(action, BaseException):
-                    raise action
                 action(*arguments)
             return function(*arguments)
 
         monkeypatch.setattr(place, name, call)
 
     return arrange
+
+
+def raising(problem):
+    """An action that raises an exception."""
+
+    def action(*arguments):
+        raise problem
+
+    return action

@@ -31,7 +31,7 @@ import matplotlib
 import pytest
 import tensorboardX.record_writer
 import torch
-from conftest import complain, load_tiny, make_tiny, seeded, unix
+from conftest import complain, load_tiny, make_tiny, raising, seeded, unix
 from filelock import FileLock
 from PIL import Image
 
@@ -140,12 +140,12 @@ def test_evaluate_leaves_the_mode_of_the_net(half_trained, training):
     assert model.training == training
 
 
-def test_muon_rate_falls_to_zero_and_images_grow(tiny, tmp_path, interfere):
+def test_muon_rate_falls_to_zero_and_images_grow(tiny, tmp_path, before):
     def look(model, optimizer, criterion, images, *others):
         seen.append((optimizer.param_groups[0]["lr"], *images.shape[2:]))
 
     seen = []
-    interfere(train, "train_step", look)
+    before(train, "train_step", look)
     flags = "--recipe best --epochs 1.5 --lr 0.8 --name run --sizes 16:0.5,24:0.75"
     assert tiny(*flags.split()).returncode == 0
     # 40 images in batches of 16 are 3 steps per epoch, so 4 in all
@@ -235,11 +235,11 @@ def test_the_seed_decides_the_order_of_the_images(tiny, monkeypatch):
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
-def test_seconds_count_training_only(tiny, tmp_path, monkeypatch, interfere):
+def test_seconds_count_training_only(tiny, tmp_path, monkeypatch, before):
     clock = [0]
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    interfere(train, "train_step", lambda *_: clock.append(clock.pop() + 1))
-    interfere(train, "evaluate", lambda *_: clock.append(clock.pop() + 100))
+    before(train, "train_step", lambda *_: clock.append(clock.pop() + 1))
+    before(train, "evaluate", lambda *_: clock.append(clock.pop() + 100))
     assert tiny("--epochs", 2, "--name", "run").returncode == 0
     assert [float(row["train_seconds"]) for row in rows(tmp_path / "experiments/run")] == [3, 6]
 
@@ -254,11 +254,11 @@ def test_each_epoch_prints_a_line_with_all_that_it_measured(tiny, tmp_path):
     )
 
 
-def test_held_out_trains_on_the_rest_and_validates_on_the_last_training_images(tiny, tmp_path, interfere):
+def test_held_out_trains_on_the_rest_and_validates_on_the_last_training_images(tiny, tmp_path, before):
     (images, labels), _ = load_tiny(None)
     trained, validated = [], []
-    interfere(train, "train_step", lambda *given: trained.extend(given[4].tolist()))
-    interfere(train, "evaluate", lambda *given: validated.extend(given[1:3]))
+    before(train, "train_step", lambda *given: trained.extend(given[4].tolist()))
+    before(train, "evaluate", lambda *given: validated.extend(given[1:3]))
     assert tiny("--epochs", 1, "--held-out", 15).returncode == 0
     assert sorted(trained) == sorted(labels[:25].tolist())
     assert torch.equal(validated[0], images[25:]) and torch.equal(validated[1], labels[25:])
@@ -452,9 +452,9 @@ def test_config_holds_what_it_takes_to_run_it_again(finished):
     assert config(finished)["versions"]["torch"] == torch.__version__
 
 
-def test_tensorboard_can_show_a_point_long_before_the_first_epoch_ends(tiny, tmp_path, interfere):
+def test_tensorboard_can_show_a_point_long_before_the_first_epoch_ends(tiny, tmp_path, before):
     seen = []
-    interfere(train, "train_step", lambda *_: seen.append(len(scalars(tmp_path / "experiments/run"))), [2])
+    before(train, "train_step", lambda *_: seen.append(len(scalars(tmp_path / "experiments/run"))), [2])
     assert tiny("--epochs", 1, "--name", "run").returncode == 0
     assert seen == [3]  # loss, accuracy and rate of the first step
 
@@ -563,9 +563,9 @@ def test_a_new_run_has_the_highest_number_even_if_a_lower_one_is_free(copy, tiny
     ("replace", errno.EACCES, [1, 2], 0, b"old"),  # Windows, while another program has the file open
     ("replace", errno.EACCES, [1, 2], 60, b"new"),
 ])  # fmt: skip
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, interfere, call, error, calls, patience, written):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, before, call, error, calls, patience, written):
     data.write_file(path := tmp_path / "file", b"old")
-    interfere(os, call, OSError(error, os.strerror(error)), calls)
+    before(os, call, raising(OSError(error, os.strerror(error))), calls)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     fails = pytest.raises(OSError, match=f"{os.strerror(error)}.*file")
     with fails if written == b"old" else contextlib.nullcontext():
@@ -579,10 +579,10 @@ def list_complaints(outcome):
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "config.json"])
-def test_an_unwritable_table_warns_and_is_written_once_it_can_be(finished, tiny, tmp_path, interfere, name):
+def test_an_unwritable_table_warns_and_is_written_once_it_can_be(finished, tiny, tmp_path, before, name):
     folder = tmp_path / "experiments/run"
     (folder / name).mkdir(parents=True)
-    interfere(train, "evaluate", lambda *_: (folder / name).rmdir(), [2])
+    before(train, "evaluate", lambda *_: (folder / name).rmdir(), [2])
     outcome = tiny("--epochs", 3, "--name", "run", "--resume")
     # at the start and after the first epoch
     assert list_complaints(outcome) == 2 * [f"train.py: cannot write experiments/run/{name}"]
@@ -591,12 +591,12 @@ def test_an_unwritable_table_warns_and_is_written_once_it_can_be(finished, tiny,
 
 @unix
 def test_events_on_a_full_disk_warn_once_per_epoch_and_are_written_once_there_is_room(
-    finished, tiny, tmp_path, monkeypatch, interfere
+    finished, tiny, tmp_path, monkeypatch, before
 ):
     # what is written waits in memory until it is flushed, and then the disk is full
     place, open_file = tensorboardX.record_writer, tensorboardX.record_writer.open_file
     monkeypatch.setattr(place, "open_file", lambda path: open("/dev/full", "wb"))  # noqa: SIM115
-    interfere(train, "evaluate", lambda *_: monkeypatch.setattr(place, "open_file", open_file), [2])
+    before(train, "evaluate", lambda *_: monkeypatch.setattr(place, "open_file", open_file), [2])
     outcome = tiny("--epochs", 3, "--name", "run")
     assert list_complaints(outcome) == 2 * ["train.py: cannot write experiments/run/events"]
     assert scalars(finished) == scalars(tmp_path / "experiments/run")
@@ -675,23 +675,23 @@ class TensorBoard:
         raise TimeoutError(f"TensorBoard does not show step {step}")
 
 
-def test_tensorboard_may_stay_open_while_a_run_is_stopped_and_resumed(finished, tiny, tmp_path, interfere):
+def test_tensorboard_may_stay_open_while_a_run_is_stopped_and_resumed(finished, tiny, tmp_path, before):
     folder, flags = tmp_path / "experiments/run", ("--epochs", 3, "--name", "run")
-    interfere(train, "train_step", KeyboardInterrupt(), [9])  # the third epoch's points are logged, and will be again
+    before(train, "train_step", raising(KeyboardInterrupt()), [9])  # the third epoch's points will be logged again
     assert tiny(*flags).returncode == 130
     assert ("loss/train", 8) in [point[:2] for point in scalars(folder)]
     (first,) = folder.glob("events.*")
     first.write_bytes(first.read_bytes()[:-3])  # the writer was killed in the middle of a record
     with contextlib.ExitStack() as stack:
         both = [TensorBoard(tmp_path / "experiments", fast, stack) for fast in ("true", "false")]
-        before = [point for point in both[0].wait_for("run", 6) if point[1] <= 6]
+        earlier = [point for point in both[0].wait_for("run", 6) if point[1] <= 6]
         both[1].wait_for("run", 6)
         assert tiny(*flags, "--resume").returncode == 0
         both += [TensorBoard(tmp_path / "experiments", fast, stack) for fast in ("true", "false")]
         for board in both:
             shown = board.wait_for("run", 9)
             assert [point[:3] for point in shown] == [pytest.approx(point) for point in scalars(finished)]
-            assert [point for point in shown if point[1] <= 6] == before  # at the time at which it was measured
+            assert [point for point in shown if point[1] <= 6] == earlier  # at the time at which it was measured
         assert first.exists()
         asked = {"allowedStatuses": ["STATUS_SUCCESS"], "startIndex": 0, "sliceSize": 10}
         (run,) = board.ask("hparams/session_groups", asked)["sessionGroups"]
@@ -761,16 +761,16 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, recipe):
         assert sorted(path.name for path in (cwd / "experiments").iterdir()) == ["curves.png", "run"]
 
 
-def test_resume_starts_a_run_that_has_no_checkpoint(tiny, interfere):
-    interfere(train, "train_step", KeyboardInterrupt(), [2])  # a folder, and nothing to go on with
+def test_resume_starts_a_run_that_has_no_checkpoint(tiny, before):
+    before(train, "train_step", raising(KeyboardInterrupt()), [2])  # a folder, and nothing to go on with
     assert tiny("--epochs", 1).returncode == 130
     outcome = tiny("--epochs", 1, "--resume")
     assert outcome.returncode == 0 and "seed0 on cpu, 1 threads, fp32: starts" in outcome.stdout
 
 
-def test_resume_goes_on_after_the_last_finished_epoch(finished, tiny, tmp_path, interfere):
+def test_resume_goes_on_after_the_last_finished_epoch(finished, tiny, tmp_path, before):
     flags = ("--epochs", 3, "--name", "run", "--resume")
-    interfere(train, "train_step", KeyboardInterrupt(), [5])
+    before(train, "train_step", raising(KeyboardInterrupt()), [5])
     assert tiny(*flags).returncode == 130
     outcome = tiny(*flags)
     assert outcome.returncode == 0 and "continues after step 3 of 9" in outcome.stdout.splitlines()[0]
@@ -807,9 +807,9 @@ def test_resume_takes_the_highest_number_whatever_the_dates(finished, copy, tiny
     assert f"{name}-10 on" in tiny("--epochs", 3, "--resume").stdout
 
 
-def test_resume_takes_the_newest_run_even_if_only_an_older_one_has_a_checkpoint(tiny, interfere):
+def test_resume_takes_the_newest_run_even_if_only_an_older_one_has_a_checkpoint(tiny, before):
     assert tiny("--epochs", 1).returncode == 0
-    interfere(train, "train_step", KeyboardInterrupt(), [2])
+    before(train, "train_step", raising(KeyboardInterrupt()), [2])
     assert tiny("--epochs", 1).returncode == 130
     outcome = tiny("--epochs", 1, "--resume")
     assert "seed0-2 on cpu" in outcome.stdout and "starts" in outcome.stdout
@@ -822,17 +822,17 @@ def test_resume_passes_over_a_folder_that_it_may_not_write(copy, tiny, monkeypat
     assert f"{name}-3 on" in tiny("--epochs", 1, "--resume").stdout
 
 
-def test_ctrl_c_prints_the_command_that_goes_on_with_this_very_run(tiny, tmp_path, interfere):
+def test_ctrl_c_prints_the_command_that_goes_on_with_this_very_run(tiny, tmp_path, before):
     assert tiny("--epochs", 1).returncode == 0
-    interfere(train, "train_step", KeyboardInterrupt(), [2])
+    before(train, "train_step", raising(KeyboardInterrupt()), [2])
     command = shlex.split(complain(tiny("--epochs", 1), 130))
     assert command[:2] == ["python", "train.py"] and command[-2].endswith("seed0-2") and command[-1] == "--resume"
     assert "seed0-2 on cpu" in tiny(*command[2:]).stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_run_with_exit_code_130(tiny, interfere, monkeypatch, number):
-    interfere(train, "evaluate", lambda *_: signal.raise_signal(number))
+def test_a_signal_stops_the_run_with_exit_code_130(tiny, before, monkeypatch, number):
+    before(train, "evaluate", lambda *_: signal.raise_signal(number))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert tiny().returncode == 130
     assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends it at once
@@ -848,10 +848,10 @@ def test_ctrl_c_while_pytorch_is_imported_shows_no_traceback(tmp_path):
     assert outcome.returncode == -signal.SIGINT and outcome.stderr == ""
 
 
-def test_more_epochs_take_a_finished_run_to_what_a_longer_one_gives(copy, tiny, interfere):
+def test_more_epochs_take_a_finished_run_to_what_a_longer_one_gives(copy, tiny, before):
     whole = (folder := copy()).with_name("whole")
     assert tiny("--epochs", 5, "--name", "whole").returncode == 0
-    interfere(train, "train_step", KeyboardInterrupt(), [4])  # in the fifth epoch
+    before(train, "train_step", raising(KeyboardInterrupt()), [4])  # in the fifth epoch
     assert tiny("--name", "run", "--resume", "--epochs", 5).returncode == 130
     outcome = tiny("--name", "run", "--resume")  # it is one of five epochs now
     assert outcome.returncode == 0 and "continues after step 12 of 15" in outcome.stdout
@@ -864,17 +864,17 @@ def test_more_epochs_take_a_finished_run_to_what_a_longer_one_gives(copy, tiny, 
 @pytest.mark.parametrize("problem", [
     MemoryError(), torch.cuda.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
 ])  # fmt: skip
-def test_a_run_out_of_memory_says_what_helps(tiny, interfere, problem):
-    interfere(train, "evaluate", problem)
+def test_a_run_out_of_memory_says_what_helps(tiny, before, problem):
+    before(train, "evaluate", raising(problem))
     assert "out of memory" in (line := complain(tiny(), 1)) and "--widths" in line
 
 
-def test_a_name_that_another_run_claims_meanwhile_is_refused_and_not_overwritten(copy, tiny, tmp_path, interfere):
-    before = {}
-    interfere(data, "load_cifar10", lambda root: copy() and before.update(list_files(tmp_path)))
+def test_a_name_that_another_run_claims_meanwhile_is_refused_and_not_overwritten(copy, tiny, tmp_path, before):
+    files = {}
+    before(data, "load_cifar10", lambda root: copy() and files.update(list_files(tmp_path)))
     line = complain(tiny("--name", "run"), 2)
     assert "experiments/run is there already" in line and "--name" in line and "--resume" in line
-    assert list_files(tmp_path) == before
+    assert list_files(tmp_path) == files
 
 
 def test_a_run_that_is_still_going_on_cannot_be_resumed_beside_it(copy, tiny, tmp_path):
@@ -950,9 +950,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_says_why(copy, tiny, tmp_
     assert list_files(tmp_path) == before
 
 
-def test_a_mistake_in_the_students_own_net_is_not_blamed_on_the_checkpoint(copy, tiny, interfere):
+def test_a_mistake_in_the_students_own_net_is_not_blamed_on_the_checkpoint(copy, tiny, before):
     copy()
-    interfere(train.ConvNet, "load_state_dict", TypeError("mine"))
+    before(train.ConvNet, "load_state_dict", raising(TypeError("mine")))
     with pytest.raises(TypeError, match="mine"):
         tiny("--name", "run", "--resume")
 
@@ -995,10 +995,10 @@ def test_a_run_keeps_its_precision_unless_another_device_is_named(finished, copy
 
 
 @pytest.mark.parametrize("flag, precision", [("fp32", "fp32"), ("bf16", "bf16")])
-def test_precision_can_be_forced(tiny, tmp_path, interfere, flag, precision):
+def test_precision_can_be_forced(tiny, tmp_path, before, flag, precision):
     seen = set()
-    interfere(train, "train_step", lambda *given: seen.add(given[-1]))
-    interfere(train, "evaluate", lambda *given: seen.add(given[3]))
+    before(train, "train_step", lambda *given: seen.add(given[-1]))
+    before(train, "evaluate", lambda *given: seen.add(given[3]))
     assert tiny("--epochs", 1, "--precision", flag).returncode == 0
     assert seen == {precision}
 
