@@ -69,7 +69,7 @@ def load_cifar10(root="datasets"):
         OSError: `root` cannot be read or written.
     """
     root = Path(os.path.expanduser(root)).absolute()
-    folder = root if any((root / name).exists() for name in FILES) else root / FOLDER
+    folder = max(root / FOLDER, root, key=lambda folder: sum((folder / name).exists() for name in FILES))
     try:
         batches = [_read(folder, name) for name in FILES]
     except DataError as problem:
@@ -317,7 +317,12 @@ def to_float(images):
 
 
 def normalize(images):
-    """Images in [0, 1] -> each channel has mean 0 and variance 1 over the training set; channels last in memory."""
+    """Images in [0, 1] -> each channel has mean 0 and variance 1 over the training set; channels last in memory.
+
+    Raises ValueError if they are whole numbers.
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"normalize takes floats from 0 to 1, got {images.dtype}: call to_float before it")
     normalized = (images - MEAN.to(images)) / STD.to(images)
     return normalized.contiguous(memory_format=torch.channels_last)
 
@@ -342,6 +347,8 @@ class Loader:
     """
 
     def __init__(self, images, labels, batch_size, augment, generator):
+        if augment not in AUGMENTATIONS:
+            raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, got {augment}")
         self.images, self.labels, self.generator = images, labels, generator
         self.starts = range(batch_size, len(images) - 1, batch_size)  # of the second and later batches
         self.position, self.color = augment in ("position", "both"), augment in ("color", "both")
@@ -368,7 +375,7 @@ class Loader:
 # ------------------------------------------------------------------------------------------- shared by the scripts
 def prepare_script():
     """Let standard output and error take any text, and matplotlib draw without a display."""
-    if "ipykernel" not in sys.modules:  # a program of its own, not a notebook
+    if "IPython" not in sys.modules:  # a program of its own, not a notebook
         os.environ.pop("MPLBACKEND", None)  # Notebooks set MPLBACKEND for the programs they start
     if sys.stderr is None:  # closed, by 2>&-
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115

@@ -13,7 +13,11 @@ import sys
 
 if sys.version_info < (3, 10):
     sys.exit(f"train.py needs Python 3.10 or newer, this is {sys.version.split()[0]}")
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if (
+    __name__ == "__main__"
+    and "IPython" not in sys.modules  # a notebook handles Ctrl-C itself
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main begins, Ctrl-C shows no traceback of an import
 
 import argparse
@@ -139,8 +143,8 @@ def sizes(text):
     pairs = [pair.split(":") for pair in text.split(",") if pair]
     pairs = [(read_size(size), read_share(share)) for size, share in pairs]
     shares = [share for _, share in pairs]
-    if shares != sorted(set(shares)):
-        raise argparse.ArgumentTypeError(f"{text} must have growing shares, such as 16:0.2,24:0.6")
+    if shares != sorted(set(shares)) or len(dict(pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text} must have each size once, and growing shares: 16:0.2,24:0.6")
     return dict(pairs)
 
 
@@ -339,7 +343,7 @@ def train_epoch(model, optimizer, loader, settings, step, steps, report):
 
 def is_watched():
     """Whether somebody sees a progress bar: on a terminal or in a notebook, not in a log."""
-    return "ipykernel" in sys.modules or sys.stderr.isatty()
+    return "IPython" in sys.modules or sys.stderr.isatty()
 
 
 @torch.no_grad()
@@ -374,11 +378,15 @@ def evaluate(model, images, labels, precision, tta=False):
 def read_checkpoint(path, any_format=False):
     """What a run has saved; UsageError if there is nothing, nothing intact, or nothing for this code."""
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")  # it may come from a GPU that is not here
-        version = saved["format"]
-    except FileNotFoundError:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"no run at {path.parent}: it has no {path.name}") from None
+    try:
+        saved = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")  # of a GPU that is not here, maybe
+        version = saved["format"]
     except Exception as problem:  # torch.load raises many kinds of error
+        if is_out_of_memory(problem):
+            raise
         reason = f"{path} is damaged, or no checkpoint ({first_line(problem)})"
         raise UsageError(f"{reason}: remove its folder, or take another --name") from None
     if version != FORMAT and not any_format:
@@ -389,10 +397,15 @@ def read_checkpoint(path, any_format=False):
 
 def load(folder):
     """The trained net of a run, in evaluation mode, on the CPU; UsageError if the folder holds none for this code."""
-    saved = read_checkpoint(Path(folder).expanduser() / "checkpoint.pt")
+    saved = read_checkpoint(Path(os.path.expanduser(folder), "checkpoint.pt"))
     model = ConvNet(saved["settings"]["widths"], saved["settings"]["mirror"])
     model.load_state_dict(saved["model"])
     return model.eval()
+
+
+def is_out_of_memory(problem):
+    refused = isinstance(problem, (MemoryError, torch.cuda.OutOfMemoryError))
+    return refused or "allocate memory" in str(problem)
 
 
 def first_line(problem):
@@ -456,7 +469,8 @@ class Events:
 
     def open(self):
         """A new file, which tells TensorBoard to purge everything from step 0 on."""
-        writer = EventsWriter(str(self.path), f".{time.time_ns()}")
+        number = len([*self.path.parent.glob("events.*")])  # TensorBoard reads by name, and clocks may go back
+        writer = EventsWriter(f"{self.path}.{number:04}", f".{time.time_ns()}")
         writer.write_event(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
         values = dict(self.settings)
         for key in ("widths", "sizes"):
@@ -559,7 +573,8 @@ def claim_folder(settings):
         endings += [f"-{number}" for number in range(2, 1000)]
     if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
         raise UsageError(f"--name {name!r} must be the name of one folder, without slashes")
-    experiments = Path(settings.experiments).expanduser()
+    experiments = Path(os.path.expanduser(settings.experiments))
+    experiments.mkdir(parents=True, exist_ok=True)
     folders = [experiments / (name + ending) for ending in endings]
     taken = [folder for folder in folders if folder.exists()]
     mine = [folder for folder in taken if os.access(folder, os.W_OK)]  # in a shared folder, not another user's
@@ -569,9 +584,11 @@ def claim_folder(settings):
         folders = folders[folders.index(taken[-1]) + 1 :]  # a new run has the highest number
     for folder in folders:
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
-    raise UsageError(f"{folder} is there already: choose another --name, or continue that run with --resume")
+    raise UsageError(
+        f"{folder} is there already: choose another --name, or continue that run with --resume, if you may write there"
+    )
 
 
 def lock_folder(folder):
@@ -622,26 +639,30 @@ def take_turn(settings):
 def continue_run(saved, folder):
     """The settings of a saved run, updated from the command line; UsageError if the command line contradicts the run.
 
-    The command line may change the device, and with it the precision. After whole epochs at a constant rate and image
-    size, no step has depended on the number of epochs, so that may change as well.
+    With --name, only flags can contradict it; without, the recipe as well, which may have changed since. The command
+    line may change the device, and with it the precision. After whole epochs at a constant rate and image size, no step
+    has depended on the number of epochs, so that may change as well.
     """
-    stored = saved["settings"]
-    settings = read_settings(sys.argv[1:], stored | {"precision": "auto"})
+    stored = list_settings("baseline") | saved["settings"]  # a setting may be newer than the run
+    settings = read_settings(sys.argv[1:])
+    if settings.name:
+        settings = read_settings(sys.argv[1:], stored | {"precision": "auto"})
     settings.device = find_device(settings.device)
     moved = settings.device != stored["device"]
     if settings.precision == "auto" and not moved:
         settings.precision = stored["precision"]
     done = saved["rows"][-1]["epoch"]
-    scheduled = settings.optimizer != "adam" or settings.sizes
-    extended = settings.epochs >= done == int(done) and not scheduled
+    constant = settings.optimizer == "adam" and not settings.sizes
+    extended = settings.epochs >= done == int(done) and constant
     free = {"device": True, "precision": moved, "epochs": extended}
     for key, value in stored.items():
         given = vars(settings)[key]
         if given != value and not free.get(key):
-            flags = f"{write_flag(key, value)}, not {write_flag(key, given)}"
-            reason = " (its schedule depends on it)" if key == "epochs" and scheduled else ""
-            advice = "leave that flag out, or start another run with --name"
-            raise UsageError(f"{folder} was started with {flags}{reason}: {advice}")
+            reason = f"{folder} was started with {write_flag(key, value)}, not {write_flag(key, given)}"
+            if key == "epochs":
+                reason += " (only whole epochs at a constant rate and image size can be taken further)"
+            advice = f"continue it with --name={folder.name} and without that flag, or start a run with another --name"
+            raise UsageError(f"{reason}: {advice}")
     return settings
 
 
@@ -708,7 +729,8 @@ def train(settings, train_set, val_set, folder, saved):
     print(f"run {folder} on {settings.device}, {threads} threads, {settings.precision}: {how}", flush=True)
     left_overs = [*folder.glob("*.part"), *folder.parent.glob("curves.png.*.part")]  # of killed writers
     for left_over in left_overs:
-        left_over.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            left_over.unlink()
     write_tables(folder, stored, command, rows)
     events = Events(folder / "events", stored)
     events.write(points)
@@ -773,7 +795,7 @@ def fail(code, message):
 
 def main():
     data.prepare_script()
-    if "ipykernel" not in sys.modules:  # a notebook has handlers of its own
+    if "IPython" not in sys.modules:
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
     try:
@@ -781,8 +803,7 @@ def main():
     except UsageError as problem:
         fail(2, problem)
     except (MemoryError, RuntimeError) as problem:
-        refused = isinstance(problem, (MemoryError, torch.cuda.OutOfMemoryError))
-        if not refused and "allocate memory" not in str(problem):
+        if not is_out_of_memory(problem):
             raise
         fail(1, "out of memory: close other programs, or train a narrower net (--widths)")
     except (data.DataError, FloatingPointError) as problem:

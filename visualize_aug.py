@@ -69,7 +69,7 @@ def draw(images):
     figure = Figure(figsize=(4 * count, inches + 0.5))
     for number, (title, panel) in enumerate(panels.items()):
         axes = figure.add_axes((number / count, 0, 0.98 / count, inches / (inches + 0.5)))
-        axes.imshow(panel[0].permute(1, 2, 0).numpy())
+        axes.imshow(panel[0].permute(1, 2, 0).numpy(), origin="upper")
         axes.axhline(height / 2, color="white", linestyle="--")
         axes.axvline(width / 2, color="white", linestyle="--")
         axes.set_title(title, fontsize=26)

@@ -286,27 +286,31 @@ def draw_ladder(rows):
     save(figure, "ladder.png")
 
 
-def are_there(name, runs):
-    """Whether the folders of these runs, seed 0, are there; if not, lines that say how to make them."""
-    missing = [run for run in runs if not (find_folder(run, 0) / "checkpoint.pt").exists()]
+def are_there(name, rows, runs):
+    """Whether the folders of these runs, seed 0, are there and finished; if not, lines that say how to make them."""
+    missing = []
+    for run in runs:
+        path = find_folder(run, 0) / "checkpoint.pt"
+        if not path.exists() or train.read_checkpoint(path)["rows"][-1]["step"] not in find(rows, run, "step"):
+            missing.append(run)
     for run in missing:
-        command = f"python train.py {run} --experiments experiments/report --name {find_folder(run, 0).name}"
-        print(f"results/{name} is not drawn again; its run is missing. This makes it: {command}")
+        command = f"python train.py {run} --experiments experiments/report --name {find_folder(run, 0).name} --resume"
+        print(f"results/{name} is not drawn again; its run is missing or unfinished. This makes it: {command}")
     return not missing
 
 
-def draw_rates():
+def draw_rates(rows):
     """Figure 2: the curves at three learning rates, seed 0."""
-    if are_there("figure2.png", RATES.values()):
+    if are_there("figure2.png", rows, RATES.values()):
         curves = train.read_curves(REPORT)
         named = {f"learning rate {rate}": curves[find_folder(run, 0).name] for rate, run in RATES.items()}
         save(train.draw_curves(named), "figure2.png")
 
 
-def draw_best():
+def draw_best(rows):
     """Figure 4: the curves of the best recipe, seed 0, and where training goes on to larger images."""
     run = LADDER["best"]
-    if are_there("figure4.png", [run]):
+    if are_there("figure4.png", rows, [run]):
         settings = train.read_settings(shlex.split(run))
         figure = train.draw_curves({run: train.read_curves(REPORT)[find_folder(run, 0).name]})
         larger = [*settings.sizes, data.SIZE][1:]
@@ -317,10 +321,10 @@ def draw_best():
         save(figure, "figure4.png")
 
 
-def draw_mistakes():
+def draw_mistakes(rows):
     """Figure 5: what the best recipe, seed 0, takes for what in the test images, and its surest mistakes."""
     run = LADDER["best"]
-    if not are_there("figure5.png", [run]):
+    if not are_there("figure5.png", rows, [run]):
         return
     images, labels = data.load_cifar10(ROOT / "datasets")[1]
     certainty, answers = train.predict(train.load(find_folder(run, 0)), images, "fp32").softmax(1).max(1)
@@ -372,10 +376,13 @@ def main():
     draw_network()
     save(visualize_aug.draw(visualize_aug.read(ROOT / "Lenna.png")), "figure3.jpg")  # as JPEG, a fraction of the bytes
     draw_ladder(rows)
-    draw_rates()
-    draw_best()
-    draw_mistakes()
+    draw_rates(rows)
+    draw_best(rows)
+    draw_mistakes(rows)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("make.py: stopped. The same command goes on with the next missing run")

@@ -126,10 +126,10 @@ def before(monkeypatch):
     def arrange(place, name, action, calls=None):
         function, number = getattr(place, name), itertools.count(1)
 
-        def call(*arguments):
+        def call(*arguments, **options):
             if calls is None or next(number) in calls:
                 action(*arguments)
-            return function(*arguments)
+            return function(*arguments, **options)
 
         monkeypatch.setattr(place, name, call)
 

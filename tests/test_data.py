@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import threading
 import time
@@ -291,6 +292,13 @@ def test_damaged_file_is_replaced_in_its_own_folder(site, tmp_path, inner, damag
     assert find_all(root) == (FILES if inner else WHOLE) and len(site.requests) == 2
 
 
+def test_a_stray_file_beside_a_whole_data_set_does_not_hide_it(site, tmp_path):
+    data.load_cifar10(tmp_path)
+    shutil.copy(tmp_path / "cifar-10-batches-bin/test_batch.bin", tmp_path)
+    data.load_cifar10(tmp_path)
+    assert len(site.requests) == 1
+
+
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 NOISE = torch.randint(256, (50, 3, 16, 16), generator=seeded(), dtype=torch.uint8)
@@ -353,6 +361,17 @@ def test_color_draws_each_amount_per_image(amount):
 def test_color_refuses_images_that_are_not_floats_from_0_to_1(images):
     with pytest.raises(ValueError, match="color takes floating-point images from 0 to 1: call to_float before"):
         data.color(images, seeded())
+
+
+def test_normalize_refuses_whole_numbers():
+    with pytest.raises(ValueError, match="call to_float before it"):
+        data.normalize(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("augment", ["colour", None, True])
+def test_loader_refuses_an_augmentation_that_it_does_not_know(augment):
+    with pytest.raises(ValueError, match=f"none, position, color, both, got {augment}"):
+        data.Loader(torch.zeros(4, 3, 4, 4), torch.zeros(4), 2, augment, seeded())
 
 
 def test_to_float_refuses_floats_and_leaves_them_alone():

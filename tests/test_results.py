@@ -21,6 +21,7 @@ from results import make
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLES = (make.RESULTS / "tables.md").read_text(encoding="utf-8")
+ROWS = make.read_rows()
 FILES = [path for path in make.RESULTS.iterdir() if path.is_file()]
 # What a copy's train.py is: the real one, on the tiny set.
 TINY = """
@@ -32,14 +33,13 @@ train.main()
 """
 
 
-def means_of(run):
-    rows = make.read_rows()
-    return {column: statistics.mean(make.find(rows, run, column)) for column in ("val_accuracy", "train_seconds")}
+def mean(run, column):
+    return statistics.mean(make.find(ROWS, run, column))
 
 
 # ------------------------------------------------------------------------------------------------- README's numbers
 def test_tables_md_shows_the_rows_of_runs_csv():
-    assert make.write_tables(make.read_rows()) == TABLES
+    assert make.write_tables(ROWS) == TABLES
 
 
 def test_every_row_of_runs_csv_has_the_settings_of_today():
@@ -62,23 +62,23 @@ def test_every_accuracy_in_a_sentence_stands_in_a_table():
 
 
 def test_readmes_last_line_of_training_is_that_of_the_first_command():
-    row = next(row for row in make.read_rows() if (row["run"], row["seed"]) == ("--lr 1e-3", "0"))
+    row = next(row for row in ROWS if (row["run"], row["seed"]) == ("--lr 1e-3", "0"))
     row = {column: float(row[column]) for column in make.MEASURED if row[column]} | {"step": row["step"], "epoch": 5.0}
     assert train.describe(row, row["step"]) in README
 
 
-@pytest.mark.parametrize("name, run", make.LADDER.items())
+@pytest.mark.parametrize("name, run", [item for item in make.LADDER.items() if make.find(ROWS, item[1], "seed")])
 def test_help_and_readme_name_the_accuracy_and_seconds_of_a_recipe(name, run):
-    means = means_of(run)
+    percent, mean_seconds = f"{100 * mean(run, 'val_accuracy'):.1f}", mean(run, "train_seconds")
     text = " ".join(train.make_parser(train.list_settings("baseline")).format_help().split())
     accuracy, seconds = re.search(rf"{name} ([\d.]+)% in (\d+)", text).groups()
-    assert accuracy == f"{100 * means['val_accuracy']:.1f}"
-    assert float(seconds) == pytest.approx(means["train_seconds"], rel=0.05, abs=0.6)
+    assert accuracy == percent
+    assert float(seconds) == pytest.approx(mean_seconds, rel=0.05, abs=0.6)
     if name != "baseline":
         accuracy, amount, unit = re.search(rf"--recipe {name} +# ([\d.]+)%, (\d+) (\w+)", README).groups()
-        assert accuracy == f"{100 * means['val_accuracy']:.1f}"
+        assert accuracy == percent
         seconds = int(amount) * {"seconds": 1, "minutes": 60}[unit]
-        assert seconds == pytest.approx(means["train_seconds"], rel=0.1)
+        assert seconds == pytest.approx(mean_seconds, rel=0.1)
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
@@ -209,11 +209,20 @@ def test_a_cell_is_computed_over_the_seeds():
 
 
 def test_make_without_the_runs_of_a_figure_says_how_to_train_them(project, capsys):
-    make.draw_rates()
+    make.draw_rates([])
     lines = capsys.readouterr().out.splitlines()
     for line, run in zip(lines, make.RATES.values(), strict=True):
         folder = make.find_folder(run, 0).name
-        assert line.endswith(f"python train.py {run} --experiments experiments/report --name {folder}")
+        assert line.endswith(f"python train.py {run} --experiments experiments/report --name {folder} --resume")
+
+
+def test_make_draws_no_unfinished_run(measured, capsys):
+    folder = make.find_folder(measured["run"], 0)
+    folder.mkdir(parents=True)
+    measured["step"] = "15"
+    for step, there in ((12, False), (15, True)):
+        torch.save({"format": train.FORMAT, "rows": [{"step": step}]}, folder / "checkpoint.pt")
+        assert make.are_there("figure2.png", [measured], [measured["run"]]) == there
 
 
 @unix

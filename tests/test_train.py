@@ -298,8 +298,8 @@ MISUSE = {  # flags: what the line says
     "--held-out 49999": "--held-out: 49999 must be from 0 to 49,998", "--held-out .5": "--held-out",
     "--label-smoothing 1.5": "--label-smoothing", "--label-smoothing nan": "--label-smoothing: nan must be from 0 to 1",
     "--sizes 24:0.5,12:0.6": "--sizes: 12 must be from 16 to 64", "--sizes 24:nan": "--sizes: nan must be from 0 to 1",
-    "--sizes 24:0.6,20:0.2": "--sizes: 24:0.6,20:0.2 must have growing shares", "--sizes 20": "--sizes",
-    "--sizes 16:0.6,16:0.2": "growing shares", "--sizes 20:a": "--sizes",
+    "--sizes 24:0.6,20:0.2": "--sizes: 24:0.6,20:0.2 must have each size once, and growing shares",
+    "--sizes 16:0.2,24:0.5,16:0.7": "each size once", "--sizes 20": "--sizes", "--sizes 20:a": "--sizes",
     "--widths 8,8,8,8": "8,8,8,8 has more than 3 widths", "--widths 8,0": "--widths: 0 must be from 1",
     "--widths 8,x": "--widths: invalid widths value: '8,x'", "--widths=": "--widths", "--mirror maybe": "maybe",
     "--mirror": "needs --whiten", "--recipe quick --widths 8,6": "--widths divisible by 4",
@@ -777,6 +777,17 @@ def test_resume_goes_on_after_the_last_finished_epoch(finished, tiny, tmp_path, 
     assert agree(finished, tmp_path / "experiments/run")
 
 
+def test_events_sort_after_older_ones_even_if_the_clock_went_back(tiny, tmp_path, monkeypatch, before):
+    before(train, "train_step", raising(KeyboardInterrupt()), [5])
+    assert tiny("--epochs", 2, "--name", "run").returncode == 130
+    (first,) = tmp_path.glob("experiments/run/events.*")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 86_400)
+    assert tiny("--epochs", 2, "--name", "run", "--resume").returncode == 0
+    files = sorted(tmp_path.glob("experiments/run/events.*"))
+    assert len(files) == 2 and files[0] == first  # TensorBoard reads them in this order
+
+
 def test_resume_leaves_a_finished_run_as_it_is(copy, tiny):
     folder = copy()
     before = (folder / "checkpoint.pt").read_bytes()
@@ -913,8 +924,25 @@ def test_a_flag_that_contradicts_a_saved_run_is_refused_with_both_values(copy, t
     copy()
     before = list_files(tmp_path)
     line = complain(tiny("--name", "run", "--resume", *flags.split()), 2)
-    assert f"experiments/run was started with {says}" in line and "leave that flag out" in line and "--name" in line
+    assert f"experiments/run was started with {says}" in line
+    assert "continue it with --name=run and without that flag" in line
     assert list_files(tmp_path) == before
+
+
+def test_a_recipe_that_has_changed_since_is_not_passed_off_as_the_old_one(tiny, tmp_path, monkeypatch):
+    assert tiny("--epochs", 1).returncode == 0
+    monkeypatch.setitem(train.BASELINE, "label_smoothing", (0.3, ""))
+    before = list_files(tmp_path)
+    line = complain(tiny("--epochs", 1, "--resume"), 2)
+    assert "started with --label-smoothing=0, not --label-smoothing=0.3" in line
+    assert list_files(tmp_path) == before
+    name = re.search("--name=[^ ]+", line)[0]
+    assert tiny(name, "--resume").returncode == 0  # as it was
+
+
+def test_a_setting_newer_than_the_run_has_its_default(copy, tiny):
+    copy(lambda saved: saved["settings"].pop("tta"))
+    assert "is finished" in tiny("--name", "run", "--resume").stdout
 
 
 def test_more_epochs_go_on_after_a_last_epoch_with_test_time_augmentation(tiny, tmp_path):
@@ -950,6 +978,21 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_says_why(copy, tiny, tmp_
     assert list_files(tmp_path) == before
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(copy, tiny, before):
+    copy()
+    before(Path, "read_bytes", raising(PermissionError(13, "Permission denied", "checkpoint.pt")))
+    line = complain(tiny("--name", "run", "--resume"), 1)
+    assert "Permission denied: checkpoint.pt" in line and "damaged" not in line
+
+
+@pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_checkpoint_that_memory_is_short_for_is_not_called_damaged(copy, tiny, before, problem):
+    copy()
+    before(torch, "load", raising(problem))
+    line = complain(tiny("--name", "run", "--resume"), 1)
+    assert "out of memory" in line and "damaged" not in line
+
+
 def test_a_mistake_in_the_students_own_net_is_not_blamed_on_the_checkpoint(copy, tiny, before):
     copy()
     before(train.ConvNet, "load_state_dict", raising(TypeError("mine")))
@@ -964,6 +1007,11 @@ def test_a_broken_checkpoint_is_refused_and_cannot_be_loaded(copy, tiny, share):
     assert "checkpoint.pt is damaged" in complain(tiny("--name", "run", "--resume"), 2)
     with pytest.raises(train.UsageError, match=r"checkpoint\.pt is damaged"):
         train.load(path.parent)
+
+
+def test_load_takes_a_tilde_of_nobody_for_a_folder():
+    with pytest.raises(train.UsageError, match="no run at ~nobody-here/run"):
+        train.load("~nobody-here/run")
 
 
 def test_load_says_where_there_is_no_run(tmp_path):
@@ -1041,6 +1089,12 @@ def test_a_net_that_the_last_step_of_an_epoch_has_broken_is_not_saved(copy, tiny
     line = complain(tiny("--name", "run", "--resume", "--epochs", 4), 1)
     assert "validation loss is not finite" in line and "--lr" in line
     assert path.read_bytes() == before
+
+
+@unix
+def test_a_link_to_nowhere_is_named_for_what_it_is(tiny, tmp_path):
+    (tmp_path / "experiments").symlink_to(tmp_path / "unmounted")
+    assert "File exists: experiments" in complain(tiny("--resume"), 1)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tiny, tmp_path):
@@ -1156,8 +1210,14 @@ def test_an_older_python_is_told_which_one_is_needed(monkeypatch, name):
         runpy.run_path(str(SCRIPT.parent / name))
 
 
+def test_a_notebook_keeps_its_signal_handlers(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", sys)
+    monkeypatch.setattr(signal, "signal", lambda *given: pytest.fail("a handler was replaced"))
+    assert tiny("--epochs", 1).returncode == 0
+
+
 def test_a_notebook_sees_progress(tiny, monkeypatch):  # and a log does not: of the finished run, stderr is empty
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setitem(sys.modules, "IPython", sys)
     assert "0/3 [" in tiny("--epochs", 1).stderr
 
 
