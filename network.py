@@ -47,6 +47,22 @@ def group(inputs, outputs, mirror):
     )
 
 
+class Residual(nn.Module):
+    """(B, channels, S, S) -> the same shape: what a third convolution finds is added to its input.
+
+    The input and the gradients pass by unchanged, so a net with more layers is not harder to train. (K. He et al.,
+    "Deep Residual Learning for Image Recognition", 2015.)
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, maps):
+        return maps + F.silu(self.norm(self.conv(maps)))
+
+
 class ConvNet(nn.Module):
     """(B, 3, 32, 32) normalized images -> (B, 10) logits.
 
@@ -64,15 +80,19 @@ class ConvNet(nn.Module):
         mirror: the convolutions treat an image and its mirror image alike (see `symmetrize`). The net must start from
             `whiten`. Widths must be divisible by 4, and the sides of images by 8: then no pooling meets an even map,
             and the symmetry is exact.
+        deep: how many of the groups, counted from the last, have a third convolution (`Residual`).
     """
 
-    def __init__(self, widths=(32, 64, 128), mirror=False):
+    def __init__(self, widths=(32, 64, 128), mirror=False, deep=0):
         super().__init__()
         channels = 24
         self.stem = nn.Conv2d(3, channels, kernel_size=2)
         self.groups = nn.Sequential()
-        for width in widths:
-            self.groups.append(group(channels, width, mirror))
+        for number, width in enumerate(widths, 1):
+            layers = group(channels, width, mirror)
+            if number > len(widths) - deep:
+                layers.append(Residual(width))
+            self.groups.append(layers)
             channels = width
         self.head = nn.Linear(channels, 10)
         self.mirror = mirror

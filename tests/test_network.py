@@ -57,6 +57,25 @@ def test_the_net_is_that_of_its_docstring_and_every_parameter_learns():
     assert sum(parameter.numel() for parameter in model.parameters()) == stem + groups + head == 295_106
 
 
+@pytest.mark.parametrize("widths, deep, third", [
+    ((8, 12, 16), 0, []),
+    ((8, 12, 16), 1, [16]),
+    ((8, 12, 16), 2, [12, 16]),
+    ((8, 12), 3, [8, 12]),
+])  # fmt: skip
+def test_deep_groups_add_what_a_third_convolution_finds(widths, deep, third):
+    model, images = net(widths=widths, deep=deep), noise(4, 3, 32, 32)
+    maps = F.silu(model.stem(images))
+    assert [len(group) == 8 for group in model.groups] == [width in third for width in widths]
+    for group in model.groups:
+        maps = group[:7](maps)
+        if len(group) == 8:
+            found = F.conv2d(maps, group[7].conv.weight, padding=1)
+            maps = maps + F.silu(F.batch_norm(found, None, None, training=True))
+    torch.testing.assert_close(model(images), model.head(maps.amax((2, 3))))
+    assert len(model.filters()) == 2 * len(widths) + len(third)
+
+
 @pytest.mark.parametrize("widths", [(32, 64, 128), (8, 8, 8), (5, 12), (4,)])
 def test_every_image_has_a_logit_for_each_class_that_depends_on_no_other_image_in_eval_mode(widths):
     model = net(widths=widths).double()
@@ -118,7 +137,7 @@ def step_three_times(model, optimizer, size):
 
 def trained_net(mirror, size=32, optimizer="muon"):
     """A whitened net after three steps."""
-    model = net(widths=(24, 32, 20), mirror=mirror)
+    model = net(widths=(24, 32, 20), mirror=mirror, deep=2)
     model.whiten(correlated(20))
     if optimizer == "muon":
         model.prepare_for_muon()

@@ -120,12 +120,18 @@ def call_make(monkeypatch, *arguments):
 
 @unix
 def test_make_trains_fills_runs_csv_and_draws_every_picture(project, monkeypatch, capsys):
+    ballast = b"x" * 2**31  # the memory of make.py itself does not count
+    monkeypatch.setattr(make, "STUDIES", {"rates": {make.RATES["1e-3"]: 1, make.RATES["1e-4"]: 2}})
     call_make(monkeypatch)
+    del ballast
     rows = make.read_rows()
-    assert [row["run"] for row in rows] == list(make.RATES.values())
+    first, second = make.RATES.values()
+    assert [(row["run"], row["seed"]) for row in rows] == [(first, "0"), (second, "0"), (second, "1")]
     for row in rows:
-        folder = make.find_folder(row["run"], 0)
-        saved = train.read_checkpoint(folder / "checkpoint.pt")["rows"][-1]
+        folder = make.find_folder(row["run"], row["seed"])
+        checkpoint = train.read_checkpoint(folder / "checkpoint.pt")
+        assert str(checkpoint["settings"]["seed"]) == row["seed"]
+        saved = checkpoint["rows"][-1]
         assert {key: float(row[key]) for key in saved if key != "epoch"} == {
             key: saved[key] for key in saved if key != "epoch"
         }
@@ -226,6 +232,12 @@ def test_make_draws_no_unfinished_run(measured, capsys):
 
 
 @unix
+def test_a_run_that_fails_ends_make_and_adds_no_row(project):
+    with pytest.raises(SystemExit, match=r"failed: .*train.py --lr 0 --seed 0"):
+        make.train_once("--lr 0", 0)
+
+
+@unix
 def test_a_run_that_is_in_use_is_not_removed(project):
     folder = make.find_folder("--lr 1e-3", 0)
     folder.mkdir(parents=True)
@@ -245,8 +257,8 @@ def test_data_names_the_folder_of_cifar10(tiny, monkeypatch, tmp_path):
 
 def test_git_archive_packs_the_scripts_and_the_pictures_and_no_data(tmp_path):
     command = re.search(r"`(git archive [^`]+)`", README)[1]
-    if not (ROOT / ".git").exists():
-        pytest.skip("this is no git repository")
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("this is no git repository, or git is not installed")
     archive = tmp_path / "Name.ID.zip"
     subprocess.run(command.replace("Name.ID.zip", str(archive)).split(), cwd=ROOT, check=True)
     names = zipfile.ZipFile(archive).namelist()
