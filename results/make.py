@@ -93,8 +93,11 @@ def find_folder(run, seed):
 
 def fingerprint(settings):
     """A short text that changes with every setting but the seed and the device, and with the version of the code."""
-    kept = {key: settings[key] for key in train.BASELINE if key not in ("seed", "device", "precision")}
-    return hashlib.sha256(json.dumps([train.FORMAT, kept]).encode()).hexdigest()[:12]
+    kept = {key: settings[key] for key in train.BASELINE}
+    for key in ("seed", "device", "precision"):
+        del kept[key]
+    text = json.dumps([train.FORMAT, kept])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def is_current(row):
@@ -115,7 +118,8 @@ def train_once(run, seed):
     command += ["--device", "cpu", "--experiments", str(REPORT), "--name", folder.name]
     print(f"{run} --seed {seed}", flush=True)
     before = measure_gflops()
-    watched = subprocess.run([sys.executable, "-c", STOPWATCH, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    stopwatch = [sys.executable, "-c", STOPWATCH]
+    watched = subprocess.run(stopwatch + command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if watched.returncode:
         sys.exit(f"make.py: failed: {shlex.join(command)}")
     seconds, peak = map(float, watched.stdout.split())
@@ -213,8 +217,9 @@ def write_table(rows, head):
     lines = [[head, *columns], ["---"] * (1 + len(columns))]
     for text, run in named.items():
         if find(rows, run, "seed"):
-            cells = [CELLS[column] for column in columns]
-            lines.append([text, *(write(find(rows, run, key)) for key, write in cells)])
+            lines.append([text])
+            for key, write in map(CELLS.get, columns):
+                lines[-1].append(write(find(rows, run, key)))
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
@@ -291,7 +296,8 @@ def are_there(name, rows, runs):
     missing = []
     for run in runs:
         path = find_folder(run, 0) / "checkpoint.pt"
-        if not path.exists() or train.read_checkpoint(path)["rows"][-1]["step"] not in find(rows, run, "step"):
+        done = train.read_checkpoint(path)["rows"][-1]["step"] if path.exists() else 0
+        if done not in find(rows, run, "step"):
             missing.append(run)
     for run in missing:
         command = f"python train.py {run} --experiments experiments/report --name {find_folder(run, 0).name} --resume"
@@ -303,7 +309,9 @@ def draw_rates(rows):
     """Figure 2: the curves at three learning rates, seed 0."""
     if are_there("figure2.png", rows, RATES.values()):
         curves = train.read_curves(REPORT)
-        named = {f"learning rate {rate}": curves[find_folder(run, 0).name] for rate, run in RATES.items()}
+        named = {}
+        for rate, run in RATES.items():
+            named[f"learning rate {rate}"] = curves[find_folder(run, 0).name]
         save(train.draw_curves(named), "figure2.png")
 
 
@@ -314,10 +322,11 @@ def draw_best(rows):
         settings = train.read_settings(shlex.split(run))
         figure = train.draw_curves({run: train.read_curves(REPORT)[find_folder(run, 0).name]})
         larger = [*settings.sizes, data.SIZE][1:]
-        for panel, (size, share) in itertools.product(figure.axes, zip(larger, settings.sizes.values(), strict=True)):
+        for size, share in zip(larger, settings.sizes.values(), strict=True):
             epoch = share * settings.epochs
-            panel.axvline(epoch, color="black", linestyle=":")
-            panel.text(epoch, 0.98, f" {size} pixels", va="top", transform=panel.get_xaxis_transform())
+            for panel in figure.axes:
+                panel.axvline(epoch, color="black", linestyle=":")
+                panel.text(epoch, 0.98, f" {size} pixels", va="top", transform=panel.get_xaxis_transform())
         save(figure, "figure4.png")
 
 
@@ -327,7 +336,8 @@ def draw_mistakes(rows):
     if not are_there("figure5.png", rows, [run]):
         return
     images, labels = data.load_cifar10(ROOT / "datasets")[1]
-    certainty, answers = train.predict(train.load(find_folder(run, 0)), images, "fp32").softmax(1).max(1)
+    model = train.load(find_folder(run, 0))
+    certainty, answers = train.predict(model, images, "fp32").softmax(1).max(1)
     figure = Figure(figsize=(7.2, 11.5), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(6.2, 5.3))
 
@@ -371,8 +381,8 @@ def main():
     tables = write_tables(rows)
     data.write_file(RESULTS / "tables.md", tables.encode())
     print(tables)
-    printed = subprocess.run([sys.executable, "bn.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    data.write_file(RESULTS / "figure1.txt", printed.encode())
+    printed = subprocess.check_output([sys.executable, "bn.py"], cwd=ROOT)
+    data.write_file(RESULTS / "figure1.txt", printed)
     draw_network()
     save(visualize_aug.draw(visualize_aug.read(ROOT / "Lenna.png")), "figure3.jpg")  # as JPEG, a fraction of the bytes
     draw_ladder(rows)

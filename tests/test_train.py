@@ -1010,7 +1010,7 @@ def test_a_broken_checkpoint_is_refused_and_cannot_be_loaded(copy, tiny, share):
 
 
 def test_load_takes_a_tilde_of_nobody_for_a_folder():
-    with pytest.raises(train.UsageError, match="no run at .*nobody-here"):
+    with pytest.raises(train.UsageError, match=r"no run at .*nobody-here"):
         train.load("~nobody-here/run")
 
 
