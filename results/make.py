@@ -279,7 +279,7 @@ def draw_ladder(rows):
             axes.annotate(f"{name}\n{point[1]:.1f}%", point, (0, 9), ha="center", va="bottom", **label)
     axes.axhline(75, color="black", linewidth=1)
     axes.plot(1800, 75, "X", color="black", markersize=10)
-    axes.annotate("full marks: 75%, in half an hour", (1800, 75), (0, -10), ha="right", va="top", **label)
+    axes.annotate("full credit: 75%, in half an hour", (1800, 75), (0, -10), ha="right", va="top", **label)
     axes.set(xscale="log", xlim=(4, 2600), ylim=(70, 99))
     axes.set_xlabel("seconds of training, two CPU cores", fontsize=13)
     axes.set_ylabel("validation accuracy, %", fontsize=13)
@@ -347,8 +347,8 @@ def draw_mistakes(rows):
     axes.imshow(shares.numpy(), cmap="Oranges", vmax=12)
     for row, column in itertools.product(range(10), repeat=2):
         share = shares[row, column]
-        text = f"{share:.0f}" if row == column else f"{share:.1f}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=12)
+        text, shade = (f"{share:.0f}", "white") if row == column else (f"{share:.1f}", "black")
+        axes.text(column, row, text, ha="center", va="center", fontsize=12, color=shade)
     axes.set_xticks(range(10), data.CLASSES, rotation=60, ha="right", rotation_mode="anchor", fontsize=13)
     axes.set_yticks(range(10), data.CLASSES, fontsize=13)
     axes.set_xlabel("what the network says", fontsize=14)

@@ -71,7 +71,11 @@ def load_tiny(root):
     return (images[:40], labels[:40]), (images[40:], labels[40:])
 
 
-def make_tiny(monkeypatch, default_cwd=None):
+def make_tiny(monkeypatch, default_cwd=None, draw=False):
+    """A function that runs train.py on a tiny set with a net to match; unless `draw`, curves.png is no picture."""
+    if not draw:  # drawing takes longer than all the rest
+        monkeypatch.setattr(train, "draw_curves", lambda runs: None)
+        monkeypatch.setattr(train, "save_picture", lambda figure, path: data.write_file(path, b"no picture"))
     monkeypatch.setattr(data, "load_cifar10", load_tiny)
     # It goes by the clock, so on a busy machine two runs would differ
     monkeypatch.setattr(train, "choose_precision", lambda device: "fp32")

@@ -611,7 +611,8 @@ def use_latex(monkeypatch):
 
 
 @pytest.mark.parametrize("accident", [break_matplotlib, use_latex])
-def test_curves_that_cannot_be_drawn_end_no_run(tiny, monkeypatch, accident):
+def test_curves_that_cannot_be_drawn_end_no_run(tmp_path, monkeypatch, accident):
+    tiny = make_tiny(monkeypatch, tmp_path, draw=True)
     accident(monkeypatch)
     assert list_complaints(tiny("--epochs", 1)) == ["train.py: cannot write experiments/curves.png"]
 
@@ -1113,7 +1114,7 @@ def test_a_tilde_is_the_home_folder_and_a_name_may_have_spaces_and_dots(tiny, tm
 def run_process(cwd, *flags, **variables):
     """train.py on the tiny set in a process of its own, without standard error."""
     code = "import os, sys; os.name == 'nt' or os.close(2); sys.stderr = None; import conftest, pytest, train; "
-    code += "conftest.make_tiny(pytest.MonkeyPatch()); train.main()"
+    code += "conftest.make_tiny(pytest.MonkeyPatch(), draw=True); train.main()"
     variables["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent / "tests")])
     command = [sys.executable, "-c", code, *flags]
     return subprocess.run(command, cwd=cwd, env=os.environ | variables, stdout=subprocess.PIPE)
