@@ -373,9 +373,14 @@ class Loader:
 
 
 # ------------------------------------------------------------------------------------------- shared by the scripts
+def is_in_notebook():
+    """Whether a notebook runs this code, and not a program of its own."""
+    return "IPython" in sys.modules
+
+
 def prepare_script():
     """Let standard output and error take any text, and matplotlib draw without a display."""
-    if "IPython" not in sys.modules:  # a program of its own, not a notebook
+    if not is_in_notebook():
         os.environ.pop("MPLBACKEND", None)  # Notebooks set MPLBACKEND for the programs they start
     if sys.stderr is None:  # closed, by 2>&-
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115

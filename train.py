@@ -83,6 +83,7 @@ FAST = {  # the tricks that all other recipes share
     "label_smoothing": 0.1,
     "tta": True,
 }
+LONG = {**FAST, "lr": 0.18, "batch_size": 1000, "augment": "both"}  # other colors too, so that wide nets overfit less
 RECIPES = {
     "baseline": {},
     "quick": {  # 75% as soon as possible: a small net that sees few, small images
@@ -98,23 +99,8 @@ RECIPES = {
     },
     "coffee": {**FAST, "epochs": 3.6, "widths": (32, 128, 128)},
     "lunch": {**FAST, "epochs": 5.0, "widths": (64, 192, 192)},
-    "dinner": {  # a wide net for a long time; colors change too, so that it does not overfit
-        **FAST,
-        "lr": 0.18,
-        "epochs": 8.4,
-        "batch_size": 1000,
-        "augment": "both",
-        "widths": (64, 256, 256),
-    },
-    "best": {  # a wider and deeper net for half an hour
-        **FAST,
-        "lr": 0.18,
-        "epochs": 10.8,
-        "batch_size": 1000,
-        "augment": "both",
-        "widths": (128, 384, 384),
-        "deep": 1,
-    },
+    "dinner": {**LONG, "epochs": 8.4, "widths": (64, 256, 256)},
+    "best": {**LONG, "epochs": 10.8, "widths": (128, 384, 384), "deep": 1},
 }
 FORMAT = 7  # of checkpoint.pt: raise it when you change the net, the optimizer or what is saved
 # Colors that the color-blind tell apart: M. Okabe and K. Ito, "Color Universal Design", 2008
@@ -354,7 +340,7 @@ def train_epoch(model, optimizer, loader, settings, step, steps, report):
 
 def is_watched():
     """Whether somebody sees a progress bar: on a terminal or in a notebook, not in a log."""
-    return "IPython" in sys.modules or sys.stderr.isatty()
+    return data.is_in_notebook() or sys.stderr.isatty()
 
 
 @torch.no_grad()
@@ -648,7 +634,7 @@ def take_turn(settings):
         yield
 
 
-def continue_run(saved, folder):
+def continue_run(settings, saved, folder):
     """The settings of a saved run, updated from the command line; UsageError if the command line contradicts the run.
 
     With --name, only flags can contradict it; without, the recipe as well, which may have changed since. The command
@@ -656,10 +642,9 @@ def continue_run(saved, folder):
     has depended on the number of epochs, so that may change as well.
     """
     stored = list_settings("baseline") | saved["settings"]  # a setting may be newer than the run
-    settings = read_settings(sys.argv[1:])
     if settings.name:
         settings = read_settings(sys.argv[1:], stored | {"precision": "auto"})
-    settings.device = find_device(settings.device)
+        settings.device = find_device(settings.device)
     moved = settings.device != stored["device"]
     if settings.precision == "auto" and not moved:
         settings.precision = stored["precision"]
@@ -688,7 +673,7 @@ def run():
         saved = None
         if (folder / "checkpoint.pt").exists():
             saved = read_checkpoint(folder / "checkpoint.pt")
-            settings = continue_run(saved, folder)
+            settings = continue_run(settings, saved, folder)
         if settings.precision == "auto":
             settings.precision = choose_precision(settings.device)
         if count := settings.held_out:
@@ -807,7 +792,7 @@ def fail(code, message):
 
 def main():
     data.prepare_script()
-    if "IPython" not in sys.modules:
+    if not data.is_in_notebook():
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
     try:

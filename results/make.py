@@ -157,13 +157,14 @@ def write_rows(rows):
 
 def complete(study):
     """Train the runs of a study that are missing from results/runs.csv; each finished run is added at once."""
+    rows = read_rows()
     for run, seeds in STUDIES[study].items():
         for seed in map(str, range(seeds)):
-            rows = read_rows()
             if any(row["run"] == run and row["seed"] == seed for row in rows):
                 continue
             row = train_once(run, seed)
-            write_rows([*rows, row])
+            rows = [*read_rows(), row]  # by now, another make.py may have added some
+            write_rows(rows)
             print(f"  {float(row['val_accuracy']):.2%} in {float(row['train_seconds']):.1f} s", flush=True)
 
 
@@ -293,34 +294,32 @@ def draw_ladder(rows):
 
 def are_there(name, rows, runs):
     """Whether the folders of these runs, seed 0, are there and finished; if not, lines that say how to make them."""
-    missing = []
+    complete = True
     for run in runs:
         path = find_folder(run, 0) / "checkpoint.pt"
         done = train.read_checkpoint(path)["rows"][-1]["step"] if path.exists() else 0
         if done not in find(rows, run, "step"):
-            missing.append(run)
-    for run in missing:
-        command = f"python train.py {run} --experiments experiments/report --name {find_folder(run, 0).name} --resume"
-        print(f"results/{name} is not drawn again; its run is missing or unfinished. This makes it: {command}")
-    return not missing
+            complete = False
+            command = f"python train.py {run} --experiments experiments/report --name {path.parent.name} --resume"
+            print(f"results/{name} is not drawn again; its run is missing or unfinished. This makes it: {command}")
+    return complete
 
 
-def draw_rates(rows):
+def draw_rates(rows, curves):
     """Figure 2: the curves at three learning rates, seed 0."""
     if are_there("figure2.png", rows, RATES.values()):
-        curves = train.read_curves(REPORT)
         named = {}
         for rate, run in RATES.items():
             named[f"learning rate {rate}"] = curves[find_folder(run, 0).name]
         save(train.draw_curves(named), "figure2.png")
 
 
-def draw_best(rows):
+def draw_best(rows, curves):
     """Figure 4: the curves of the best recipe, seed 0, and where training goes on to larger images."""
     run = LADDER["best"]
     if are_there("figure4.png", rows, [run]):
         settings = train.read_settings(shlex.split(run))
-        figure = train.draw_curves({run: train.read_curves(REPORT)[find_folder(run, 0).name]})
+        figure = train.draw_curves({run: curves[find_folder(run, 0).name]})
         larger = [*settings.sizes, data.SIZE][1:]
         for size, share in zip(larger, settings.sizes.values(), strict=True):
             epoch = share * settings.epochs
@@ -386,8 +385,9 @@ def main():
     draw_network()
     save(visualize_aug.draw(visualize_aug.read(ROOT / "Lenna.png")), "figure3.jpg")  # as JPEG, a fraction of the bytes
     draw_ladder(rows)
-    draw_rates(rows)
-    draw_best(rows)
+    curves = train.read_curves(REPORT)
+    draw_rates(rows, curves)
+    draw_best(rows, curves)
     draw_mistakes(rows)
 
 

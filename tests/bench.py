@@ -189,9 +189,9 @@ def main():
             "training: median seconds * GFLOP/s of the matrix product, over 850 GFLOP/s (scaled) and 0.29 PFLOP (units)"
         )
         make.complete("speed")
-        runs = make.read_runs()
+        rows = make.read_rows()
         for name, run in make.LADDER.items():
-            pairs = zip(make.last(runs, run, "train_seconds"), make.last(runs, run, "gflops"), strict=True)
+            pairs = zip(make.find(rows, run, "train_seconds"), make.find(rows, run, "gflops"), strict=True)
             work = statistics.median(seconds * gflops for seconds, gflops in pairs)
             print(f"  {name:24} {work / 850:6.1f} s   {work / 290e3:5.2f} units")
 

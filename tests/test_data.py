@@ -400,6 +400,7 @@ def test_results_stay_on_the_device_of_the_images():
     with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU without a GPU: tensors that only know where they are
         images = torch.rand(4, 3, 8, 8, device="meta")
         results = data.position(images, seeded()), data.color(images, seeded()), data.normalize(images)
+        results += (data.resize(images, 5),)
     assert {result.device.type for result in results} == {"meta"}
 
 
