@@ -93,14 +93,14 @@ def test_float64_at_1e8_keeps_its_variance():
     np.testing.assert_allclose(layer.running_var, near.var(0), rtol=1e-10)
 
 
-def test_backward_without_a_forward_in_training_is_refused():
+def test_backward_before_a_training_forward_raises():
     layer = bn.BatchNorm(3)
     layer.eval().forward(np.zeros((5, 3)))
     with pytest.raises(RuntimeError, match=r"^backward needs a forward in training mode first$"):
         layer.train().backward(np.zeros((5, 3)))
 
 
-def test_backward_belongs_to_the_last_forward_in_training_whatever_follows():
+def test_backward_uses_the_last_training_forward_even_after_inference():
     rng = np.random.default_rng(0)
     layer, x, dy = bn.BatchNorm(3), *rng.normal(size=(2, 5, 3))
     layer.forward(rng.normal(size=(6, 3)))
@@ -114,13 +114,13 @@ def test_backward_belongs_to_the_last_forward_in_training_whatever_follows():
 
 
 @pytest.mark.parametrize("x", [np.zeros((4, 3), int), np.zeros((4, 3), np.float16), np.zeros(3), np.zeros((4, 2))])
-def test_x_of_another_dtype_or_shape_is_named(x):
+def test_error_names_x_of_bad_dtype_or_shape(x):
     for layer in (bn.BatchNorm(3), bn.BatchNorm(3).eval()):
         with pytest.raises(ValueError, match=re.escape(f"float32 or float64, (B, 3), got {x.dtype}, {x.shape}")):
             layer.forward(x)
 
 
-def test_dy_of_another_shape_is_named():
+def test_error_names_dy_of_bad_shape():
     layer = bn.BatchNorm(3)
     layer.forward(np.zeros((4, 3)))
     with pytest.raises(ValueError, match=r"^dy must have the shape .*\(4, 3\), got \(1, 3\)$"):
@@ -129,7 +129,7 @@ def test_dy_of_another_shape_is_named():
 
 @pytest.mark.parametrize("name", ["gamma", "beta"])
 @pytest.mark.parametrize("shape", [(3, 1), (1,), ()])
-def test_gamma_and_beta_of_another_shape_are_named(name, shape):
+def test_error_names_gamma_and_beta_of_bad_shape(name, shape):
     layer = bn.BatchNorm(3)
     setattr(layer, name, np.ones(shape))
     for mode in (layer.train, layer.eval):
@@ -138,7 +138,7 @@ def test_gamma_and_beta_of_another_shape_are_named(name, shape):
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-def test_training_needs_two_rows_and_inference_does_not(rows):
+def test_training_needs_two_rows_but_inference_takes_one(rows):
     layer, x = bn.BatchNorm(3, eps=0), np.ones((rows, 3))
     with pytest.raises(ValueError, match=re.escape(f"({rows}, 3)")):
         layer.forward(x)
@@ -146,13 +146,13 @@ def test_training_needs_two_rows_and_inference_does_not(rows):
 
 
 @pytest.mark.parametrize("name, says", [("eps", "0 or more"), ("momentum", "from 0 to 1")])
-def test_eps_and_momentum_out_of_range_are_named(name, says):
+def test_error_names_eps_and_momentum_out_of_range(name, says):
     for bad in (-0.1, None, math.nan, *([1.1] if name == "momentum" else [])):
         with pytest.raises(ValueError, match=f"^{name} must be {says}, got {bad}$"):
             bn.BatchNorm(2, **{name: bad})
 
 
-def test_the_class_has_no_loop():
+def test_batch_norm_class_has_no_loop():
     tree = ast.parse((ROOT / "bn.py").read_text(encoding="utf-8"))
     nodes = [node for part in tree.body if isinstance(part, ast.ClassDef) for node in ast.walk(part)]
     loops = ast.For, ast.AsyncFor, ast.While, ast.comprehension, ast.Lambda
@@ -163,7 +163,7 @@ def test_the_class_has_no_loop():
 
 
 @pytest.mark.parametrize("logit, target, loss", [(1e3, 0, 1e3), (-1e3, 1, 1e3), (1e3, 1, 0), (-40, 0, math.exp(-40))])
-def test_binary_cross_entropy_of_huge_logits_stays_exact(logit, target, loss):
+def test_binary_cross_entropy_is_exact_for_huge_logits(logit, target, loss):
     assert bn.binary_cross_entropy(np.array([logit]), np.array([target])) == pytest.approx(loss, rel=1e-12, abs=0)
 
 
@@ -173,7 +173,7 @@ def test_bn_py_prints_figure1_txt(tmp_path):
     assert (outcome.returncode, outcome.stderr, outcome.stdout) == (0, "", FIGURE)
 
 
-def test_figure1_txt_has_all_that_the_assignment_prints():
+def test_figure1_txt_has_every_loss_printed_in_the_assignment():
     lines = (ROOT / "results" / "figure1_assignment.txt").read_text().splitlines()
     assert len(lines) == 20
     assert [line for line in lines if f"\n{line}" not in f"\n{FIGURE}"] == []  # two of the losses are cut short
@@ -200,7 +200,7 @@ def test_pytorch_trains_the_mlp_to_the_same_losses_and_validates_at_0_028781():
 
 
 @pytest.mark.parametrize("script, packages", [("bn.py", {"numpy"}), ("network.py", {"torch"})])
-def test_a_script_imports_only_its_package_and_the_standard_library(script, packages):
+def test_bn_py_needs_only_numpy_and_loss_py_only_torch(script, packages):
     nodes = [*ast.walk(ast.parse((ROOT / script).read_text(encoding="utf-8")))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {"." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)}

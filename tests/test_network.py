@@ -34,7 +34,7 @@ def covariance(outputs):  # (N, C, H, W) -> (C, C)
     return np.cov(outputs.detach().double().transpose(0, 1).flatten(1))
 
 
-def test_the_net_is_that_of_its_docstring_and_every_parameter_learns():
+def test_shapes_match_the_docstring_and_every_parameter_learns():
     model, images = net(), noise(4, 3, 32, 32)
     x = F.silu(F.conv2d(images, model.stem.weight, model.stem.bias))
     shapes = [x.shape[1:]]
@@ -63,7 +63,7 @@ def test_the_net_is_that_of_its_docstring_and_every_parameter_learns():
     ((8, 12, 16), 2, [12, 16]),
     ((8, 12), 3, [8, 12]),
 ])  # fmt: skip
-def test_deep_groups_add_what_a_third_convolution_finds(widths, deep, third):
+def test_deep_adds_a_residual_third_convolution_to_the_last_groups(widths, deep, third):
     model, images = net(widths=widths, deep=deep), noise(4, 3, 32, 32)
     maps = F.silu(model.stem(images))
     assert [len(group) == 8 for group in model.groups] == [width in third for width in widths]
@@ -77,7 +77,7 @@ def test_deep_groups_add_what_a_third_convolution_finds(widths, deep, third):
 
 
 @pytest.mark.parametrize("widths", [(32, 64, 128), (8, 8, 8), (5, 12), (4,)])
-def test_every_image_has_a_logit_for_each_class_that_depends_on_no_other_image_in_eval_mode(widths):
+def test_eval_logits_do_not_depend_on_the_rest_of_the_batch(widths):
     model = net(widths=widths).double()
     images = noise(8, 3, 32, 32, dtype=torch.float64) * torch.arange(8).view(8, 1, 1, 1)
     for _ in range(3):
@@ -106,7 +106,7 @@ def test_whitened_stem_decorrelates(contrast):
     torch.testing.assert_close(model.stem(images.flip(3))[:, [0, 3, 2, 1]], outputs.flip(3)[:, :4], rtol=0, atol=2e-3)
 
 
-def test_symmetrized_filters_mirror_the_outputs_of_a_mirrored_image_with_swapped_channels():
+def test_symmetrized_filters_mirror_their_output_when_the_image_is_mirrored():
     filters, images = noise(12, 8, 3, 3).double(), noise(2, 8, 5, 7).double()
     before = filters.clone()
     network.symmetrize(filters)
@@ -121,7 +121,7 @@ def test_symmetrized_filters_mirror_the_outputs_of_a_mirrored_image_with_swapped
             torch.testing.assert_close(filters[c, d], (before[c, d] + other) / 2)
 
 
-def test_a_mirror_net_classifies_the_mean_of_the_features_of_both_mirror_images():
+def test_a_mirror_net_averages_the_features_of_an_image_and_its_mirror_image():
     model, images = net(widths=(8,), mirror=True).eval(), noise(4, 3, 32, 32)
     maps = model.groups(F.silu(model.stem(images)))
     features = maps.flatten(2).max(2).values
@@ -176,7 +176,7 @@ def test_a_mirror_net_gives_mirror_images_the_same_logits_at_every_size_of_the_r
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 30), (30, 5)])
-def test_orthogonalize_keeps_singular_vectors_and_evens_out_singular_values(shape):
+def test_orthogonalize_keeps_singular_vectors_and_equalizes_singular_values(shape):
     matrix = noise(*shape, dtype=torch.float64)
     u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
     values /= matrix.norm()
@@ -187,7 +187,7 @@ def test_orthogonalize_keeps_singular_vectors_and_evens_out_singular_values(shap
     assert not network.orthogonalize(0 * matrix).any()
 
 
-def test_muon_steps_filters_along_the_orthogonalized_nesterov_gradient_at_a_fixed_norm():
+def test_muon_orthogonalizes_the_nesterov_gradient_of_filters_at_a_fixed_norm():
     filters = noise(4, 3, 3, 3).requires_grad_()
     optimizer = network.Muon([filters], lr=0.1, batch_size=20)
     velocity = torch.zeros(4, 27)
@@ -201,7 +201,7 @@ def test_muon_steps_filters_along_the_orthogonalized_nesterov_gradient_at_a_fixe
 
 
 @pytest.mark.parametrize("shape, factor", [((4,), 1 / 4), ((2, 5), 3.3 / 25)])
-def test_muon_steps_shifts_and_the_head_as_sgd_with_weight_decay_does(shape, factor):
+def test_muon_updates_biases_and_the_head_like_sgd_with_weight_decay(shape, factor):
     ours, theirs = noise(*shape).requires_grad_(), noise(*shape).requires_grad_()
     optimizer = network.Muon([torch.randn(4), ours], lr=0.1, batch_size=20)
     sgd = torch.optim.SGD([theirs], lr=0.1 * 20 * factor, momentum=0.85, nesterov=True)
@@ -223,7 +223,7 @@ def test_muon_uses_the_rate_of_its_param_group():
     assert bias.item() == 0
 
 
-def test_muon_goes_on_from_its_saved_state():
+def test_muon_continues_from_its_saved_state():
     ends = []
     for saved in (False, True):
         parameter = noise(4, 3, 3, 3).requires_grad_()
@@ -240,7 +240,7 @@ def test_muon_goes_on_from_its_saved_state():
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
-def test_a_step_in_parts_is_the_step_of_the_whole_batch(precision, tolerance):
+def test_a_step_in_parts_equals_a_step_of_the_whole_batch(precision, tolerance):
     images, labels, sizes = noise(502, 3, 32, 32), torch.arange(502) % 10, []
     labels[336:] = 0  # a part of another kind, which is smaller and so counts for less
     model = net(widths=(8, 8)).eval()  # in training, batch norm sees one part at a time

@@ -42,33 +42,33 @@ def test_tables_md_shows_the_rows_of_runs_csv():
     assert make.write_tables(ROWS) == TABLES
 
 
-def test_every_row_of_runs_csv_has_the_settings_of_today():
+def test_every_row_of_runs_csv_matches_the_current_recipes():
     with open(make.RESULTS / "runs.csv", newline="") as file:
         assert all(make.is_current(row) for row in csv.DictReader(file))
 
 
-def test_readme_shows_the_tables_and_no_other_numbers():
+def test_readme_shows_exactly_the_rows_of_tables_md():
     heads = [table.splitlines()[0] for table in TABLES.split("\n\n")]
     shown = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
     measured = [table for table in shown if table.splitlines()[0] in heads]
     assert sorted(measured) == sorted(table + "\n" for table in TABLES.rstrip("\n").split("\n\n"))
 
 
-def test_every_accuracy_in_a_sentence_stands_in_a_table():
+def test_every_accuracy_in_readmes_sentences_is_in_a_table():
     sentences = re.sub(r"^\|.*\n|^    step .*\n", "", README, flags=re.MULTILINE)
     named = {float(number) for number in re.findall(r"(\d+\.\d)%", sentences)}
     measured = [float(number) for number in re.findall(r"(\d+\.\d\d)%", TABLES)]
     assert named and named <= {round(number + 1e-9, 1) for number in measured}
 
 
-def test_readmes_last_line_of_training_is_that_of_the_first_command():
+def test_readme_quotes_the_last_line_of_the_first_command():
     row = next(row for row in ROWS if (row["run"], row["seed"]) == ("--lr 1e-3", "0"))
     row = {column: float(row[column]) for column in make.MEASURED if row[column]} | {"step": row["step"], "epoch": 5.0}
     assert train.describe(row, row["step"]) in README
 
 
 @pytest.mark.parametrize("name, run", [item for item in make.LADDER.items() if make.find(ROWS, item[1], "seed")])
-def test_help_and_readme_name_the_accuracy_and_seconds_of_a_recipe(name, run):
+def test_help_and_readme_give_each_recipes_measured_accuracy_and_seconds(name, run):
     percent, mean_seconds = f"{100 * mean(run, 'val_accuracy'):.1f}", mean(run, "train_seconds")
     text = " ".join(train.make_parser(train.list_settings("baseline")).format_help().split())
     accuracy, seconds = re.search(rf"{name} ([\d.]+)% in (\d+)", text).groups()
@@ -82,12 +82,12 @@ def test_help_and_readme_name_the_accuracy_and_seconds_of_a_recipe(name, run):
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
-def test_every_file_is_named_in_readme_and_light_enough_for_a_phone(path):
+def test_readme_names_every_result_and_none_is_large(path):
     assert f"results/{path.name}" in README
     assert path.stat().st_size < 300_000
 
 
-def test_readme_names_no_file_that_is_not_there():
+def test_every_file_named_in_readme_exists():
     for name in re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(r"`(results/[\w.]+)`", README):
         assert Path(ROOT, name).exists(), name
 
@@ -152,7 +152,7 @@ def measured(project):
     return row
 
 
-def test_make_goes_on_after_the_last_finished_run(measured, monkeypatch):
+def test_make_skips_finished_runs(measured, monkeypatch):
     trained = []
 
     def pretend(run, seed):
@@ -167,7 +167,7 @@ def test_make_goes_on_after_the_last_finished_run(measured, monkeypatch):
     assert len(trained) == 1
 
 
-def test_a_row_of_other_settings_or_other_code_does_not_count(measured, monkeypatch):
+def test_make_ignores_rows_of_other_settings_or_formats(measured, monkeypatch):
     assert make.read_rows() == [measured]
     monkeypatch.setitem(train.BASELINE, "label_smoothing", (0.3, ""))
     assert make.read_rows() == []
@@ -176,7 +176,7 @@ def test_a_row_of_other_settings_or_other_code_does_not_count(measured, monkeypa
     assert not make.is_current(measured)
 
 
-def test_runs_csv_with_other_columns_is_refused_and_kept(measured):
+def test_make_refuses_and_keeps_a_runs_csv_with_other_columns(measured):
     path = make.RESULTS / "runs.csv"
     before = path.read_text().replace("peak_gib", "memory")
     path.write_text(before)
@@ -185,13 +185,13 @@ def test_runs_csv_with_other_columns_is_refused_and_kept(measured):
     assert path.read_text() == before
 
 
-def test_a_missing_value_is_not_passed_over(measured):
+def test_make_fails_on_a_missing_value(measured):
     rows = [measured, measured | {"seed": "1", "val_accuracy": ""}]
     with pytest.raises(ValueError, match="could not convert string to float"):
         make.find(rows, measured["run"], "val_accuracy")
 
 
-def test_a_cell_is_computed_over_the_seeds():
+def test_a_table_cell_summarizes_all_seeds():
     rows = []
     for seed, accuracy in enumerate(("0.5", "0.6", "0.7")):
         row = dict.fromkeys(make.COLUMNS, accuracy) | {"run": "a run", "seed": str(seed), "train_accuracy": "0.9"}
@@ -213,7 +213,7 @@ def test_a_cell_is_computed_over_the_seeds():
     assert written == expected
 
 
-def test_make_without_the_runs_of_a_figure_says_how_to_train_them(project, capsys):
+def test_make_prints_the_commands_for_a_figures_missing_runs(project, capsys):
     make.draw_rates([], {})
     lines = capsys.readouterr().out.splitlines()
     for line, run in zip(lines, make.RATES.values(), strict=True):
@@ -221,7 +221,7 @@ def test_make_without_the_runs_of_a_figure_says_how_to_train_them(project, capsy
         assert line.endswith(f"python train.py {run} --experiments experiments/report --name {folder} --resume")
 
 
-def test_make_draws_no_unfinished_run(measured, capsys):
+def test_make_draws_only_finished_runs(measured, capsys):
     folder = make.find_folder(measured["run"], 0)
     folder.mkdir(parents=True)
     measured["step"] = "15"
@@ -231,13 +231,13 @@ def test_make_draws_no_unfinished_run(measured, capsys):
 
 
 @unix
-def test_a_run_that_fails_ends_make_and_adds_no_row(project):
+def test_a_failed_run_stops_make_and_adds_no_row(project):
     with pytest.raises(SystemExit, match=r"failed: .*train.py --lr 0 --seed 0"):
         make.train_once("--lr 0", 0)
 
 
 @unix
-def test_a_run_that_is_in_use_is_not_removed(project):
+def test_make_never_deletes_a_run_in_use(project):
     folder = make.find_folder("--lr 1e-3", 0)
     folder.mkdir(parents=True)
     with train.lock_folder(folder), pytest.raises(SystemExit, match="is in use: wait until its run has ended"):
@@ -246,7 +246,7 @@ def test_a_run_that_is_in_use_is_not_removed(project):
 
 
 # ------------------------------------------------------------------------------------------- README's instructions
-def test_data_names_the_folder_of_cifar10(tiny, monkeypatch, tmp_path):
+def test_data_flag_sets_the_folder_of_cifar10(tiny, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(data, "load_cifar10", lambda root: asked.append(root) or load_tiny(root))
     tiny("--epochs", 1, "--data", tmp_path / "shared")
@@ -323,7 +323,7 @@ def test_a_new_panel_widens_figure_3(changed):
         assert picture.width == 4 * 360
 
 
-def test_a_new_metric_is_in_the_table_and_in_the_printed_line(changed):
+def test_a_new_metric_reaches_the_table_and_the_printed_line(changed):
     folder, printed = changed
     with open(folder / "experiments/new/metrics.csv", newline="") as file:
         (row,) = csv.DictReader(file)
@@ -331,12 +331,12 @@ def test_a_new_metric_is_in_the_table_and_in_the_printed_line(changed):
     assert f"top 5 {float(row['val_top5']):.2%}" in printed
 
 
-def test_a_new_recipe_is_one_more_entry(changed):
+def test_a_new_recipe_needs_only_an_entry_in_recipes(changed):
     config = json.loads((changed[0] / "experiments/new/config.json").read_text())
     assert (config["recipe"], config["batch_size"], config["augment"]) == ("mine", 20, "gray")
 
 
-def test_a_new_net_refuses_old_checkpoints_by_their_format(changed):
+def test_raising_format_refuses_old_checkpoints(changed):
     saved = torch.load(changed[0] / "experiments/new/checkpoint.pt", weights_only=True)
     assert "head.bias" not in saved["model"] and saved["format"] == train.FORMAT + 1
     outcome = call(changed[0], "--name", "old", "--resume")

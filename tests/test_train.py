@@ -85,7 +85,7 @@ def settings_of(*flags):
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
-def test_ten_images_are_learned_to_zero_error(recipe):
+def test_training_fits_ten_images_perfectly(recipe):
     images, labels = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8, generator=seeded()), torch.arange(10)
     inputs = data.normalize(data.to_float(images))
     settings = settings_of("--recipe", recipe, "--widths", "16,16,16", "--batch-size", "10")
@@ -107,7 +107,7 @@ def half_trained():
     return model, images, labels
 
 
-def test_evaluate_is_the_mean_over_all_images_in_evaluation_mode(half_trained):
+def test_evaluate_returns_means_over_all_images_in_evaluation_mode(half_trained):
     model, images, labels = half_trained
     result = train.evaluate(model, images, labels, "fp32")
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_evaluate_is_the_mean_over_all_images_in_evaluation_mode(half_trained):
     assert result["val_accuracy"] == (logits.argmax(1) == labels).double().mean().item()
 
 
-def test_test_time_augmentation_averages_views_of_the_least_sure_quarter(half_trained):
+def test_test_time_augmentation_averages_views_for_the_least_certain_quarter(half_trained):
     model, images, labels = half_trained
     result = train.evaluate(model, images, labels, "fp32", tta=True)
     inputs = data.normalize(data.to_float(images))
@@ -132,7 +132,7 @@ def test_test_time_augmentation_averages_views_of_the_least_sure_quarter(half_tr
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluate_leaves_the_mode_of_the_net(half_trained, training):
+def test_evaluate_restores_the_mode_of_the_net(half_trained, training):
     model, images, labels = half_trained
     model.train(training)
     train.evaluate(model, images[:20], labels[:20], "fp32")
@@ -158,7 +158,7 @@ def test_muon_rate_falls_to_zero_and_images_grow(tiny, tmp_path, before):
 
 
 @pytest.mark.parametrize("first, steps, ends", [(0, 1000, [*range(2, 49, 2), 49]), (3, 10, [5, 7, 9, 10])])
-def test_a_point_about_every_twentieth_of_an_epoch_is_the_mean_since_the_last(monkeypatch, first, steps, ends):
+def test_a_curve_point_is_the_mean_since_the_last_point(monkeypatch, first, steps, ends):
     images, labels = torch.zeros(98, 3, 32, 32, dtype=torch.uint8), torch.arange(98) % 10
     logits = 3 * torch.randn(98, 10, generator=seeded())
     done = []  # the labels of each step
@@ -201,7 +201,7 @@ def record(monkeypatch, name):
     return calls
 
 
-def test_label_smoothing_counts_in_the_minimized_loss_and_not_in_the_logged_one(tiny, tmp_path, monkeypatch):
+def test_label_smoothing_affects_the_minimized_but_not_the_logged_loss(tiny, tmp_path, monkeypatch):
     steps = record(monkeypatch, "train_step")
     assert tiny("--epochs", 1, "--label-smoothing", 0.5, "--name", "run").returncode == 0
     for (*_, labels, _), (logits, loss) in steps:
@@ -225,7 +225,7 @@ def test_evaluation_uses_the_precision_of_the_run(tiny, monkeypatch):
     assert {precision for (_, _, precision), _ in forwards} == {"bf16"}
 
 
-def test_the_seed_decides_the_order_of_the_images(tiny, monkeypatch):
+def test_seed_changes_the_order_of_the_images(tiny, monkeypatch):
     orders = []
     for seed in (0, 0, 1):
         steps = record(monkeypatch, "train_step")
@@ -234,7 +234,7 @@ def test_the_seed_decides_the_order_of_the_images(tiny, monkeypatch):
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
-def test_seconds_count_training_only(tiny, tmp_path, monkeypatch, before):
+def test_train_seconds_exclude_validation(tiny, tmp_path, monkeypatch, before):
     clock = [0]
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
     before(train, "train_step", lambda *_: clock.append(clock.pop() + 1))
@@ -243,7 +243,7 @@ def test_seconds_count_training_only(tiny, tmp_path, monkeypatch, before):
     assert [float(row["train_seconds"]) for row in rows(tmp_path / "experiments/run")] == [3, 6]
 
 
-def test_each_epoch_prints_a_line_with_all_that_it_measured(tiny, tmp_path):
+def test_each_epoch_prints_a_line_with_its_metrics(tiny, tmp_path):
     outcome = tiny("--epochs", 1, "--tta", "--name", "run")
     (row,) = rows(tmp_path / "experiments/run")
     loss, accuracy, val_loss, val_accuracy, tta = (float(value) for value in [*row.values()][3:])
@@ -253,7 +253,7 @@ def test_each_epoch_prints_a_line_with_all_that_it_measured(tiny, tmp_path):
     )
 
 
-def test_held_out_trains_on_the_rest_and_validates_on_the_last_training_images(tiny, tmp_path, before):
+def test_held_out_validates_on_the_last_training_images_and_trains_on_the_rest(tiny, tmp_path, before):
     (images, labels), _ = load_tiny(None)
     trained, validated = [], []
     before(train, "train_step", lambda *given: trained.extend(given[4].tolist()))
@@ -265,7 +265,7 @@ def test_held_out_trains_on_the_rest_and_validates_on_the_last_training_images(t
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
-def test_every_setting_is_a_flag_and_part_of_name_config_and_events(tiny, tmp_path):
+def test_every_setting_has_a_flag_and_is_in_name_config_and_events(tiny, tmp_path):
     flags = "--epochs 1 --lr 0.1 --widths 8,12 --optimizer muon --mirror --whiten --sizes 16:0.2,24:0.6 --tta"
     flags = (*flags.split(), "--label-smoothing", "0.1")
     assert tiny(*flags).returncode == 0
@@ -281,7 +281,7 @@ def test_every_setting_is_a_flag_and_part_of_name_config_and_events(tiny, tmp_pa
     assert "is finished" in tiny(*flags, "--resume").stdout  # what it holds was read the same
 
 
-def test_a_flag_wins_over_the_recipe_wherever_it_stands():
+def test_a_flag_overrides_the_recipe_before_or_after_it():
     for flags in ("--lr 0.5 --recipe quick --no-mirror", "--no-mirror --recipe quick --lr 0.5"):
         settings = settings_of(*flags.split())
         assert (settings.lr, settings.mirror, settings.epochs) == (0.5, False, 0.38)
@@ -311,7 +311,7 @@ MISUSE = {  # flags: what the line says
 
 
 @pytest.mark.parametrize("flags, says", MISUSE.items(), ids=lambda text: text[:30])
-def test_misuse_gets_one_line_that_names_it_and_leaves_nothing(tiny, tmp_path, flags, says):
+def test_misuse_prints_one_line_and_creates_nothing(tiny, tmp_path, flags, says):
     outcome = tiny(*flags.split())
     assert says in complain(outcome, 2)
     assert len(outcome.stderr.strip().splitlines()) <= 2  # argparse's line of usage comes first
@@ -319,7 +319,7 @@ def test_misuse_gets_one_line_that_names_it_and_leaves_nothing(tiny, tmp_path, f
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
-def test_help_explains_every_flag_with_the_value_of_the_recipe(tiny, recipe):
+def test_help_shows_each_flag_with_the_recipes_value(tiny, recipe):
     text = " ".join(tiny("--recipe", recipe, "--help").stdout.split())
     flags = set(re.findall(r" (--[a-z-]+)", text))
     settings = vars(settings_of("--recipe", recipe))
@@ -334,19 +334,19 @@ def build(*flags, seed=3):
     return train.build(settings_of("--widths", "24,32,20", "--seed", str(seed), *flags), images)
 
 
-def test_the_baseline_is_a_random_net_stepped_by_adam():
+def test_the_baseline_trains_a_random_net_with_adam():
     model, adam = build("--lr", "0.1")
     assert isinstance(adam, torch.optim.Adam) and adam.defaults["lr"] == 0.1
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.stem.weight.is_contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
 
 
-def test_the_seed_decides_the_weights():
+def test_seed_changes_the_initial_weights():
     weights, same, other = (build(seed=seed)[0].groups[0][0].weight for seed in (0, 0, 1))
     assert torch.equal(weights, same) and not torch.equal(weights, other)
 
 
-def test_whitening_makes_convolutions_start_as_the_identity():
+def test_with_whiten_convolutions_start_as_the_identity():
     model, _ = build("--whiten")
     (first, second, third), x = (group[0] for group in model.groups), torch.randn(2, 24, 8, 8, generator=seeded())
     assert torch.equal(model.stem.weight[2::4], -model.stem.weight[::4])
@@ -355,7 +355,7 @@ def test_whitening_makes_convolutions_start_as_the_identity():
     assert torch.equal(third(second(x)), second(x)[:, :20])
 
 
-def test_muon_gets_a_net_with_frozen_scales_fast_statistics_and_a_small_head():
+def test_with_muon_scales_are_frozen_statistics_fast_and_the_head_small():
     model, muon = build("--optimizer", "muon", "--whiten", "--lr", "0.1", "--batch-size", "20")
     norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -382,27 +382,27 @@ def fail_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
-def test_auto_passes_over_a_card_that_this_pytorch_cannot_use_with_a_line(monkeypatch, capsys):
+def test_auto_device_warns_about_an_unsupported_gpu_and_uses_the_cpu(monkeypatch, capsys):
     fail_on_cuda(monkeypatch)
     assert train.find_device("auto") == "cpu"
     reason = "cuda cannot be used (CUDA error: no kernel image is available for execution on the device)"
     assert capsys.readouterr().out.splitlines() == [f"{reason}: continuing without it"]
 
 
-def test_a_named_card_that_this_pytorch_cannot_use_is_refused(monkeypatch):
+def test_device_cuda_is_refused_on_an_unsupported_gpu(monkeypatch):
     fail_on_cuda(monkeypatch)
     with pytest.raises(train.UsageError, match=r"^cuda cannot be used .*no kernel image.*: try --device auto$"):
         train.find_device("cuda")
 
 
-def test_auto_says_nothing_where_there_is_only_a_cpu(capsys):
+def test_auto_device_prints_nothing_on_a_machine_without_gpu(capsys):
     assert train.find_device("auto") == train.find_device("cpu") == "cpu"
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("busy", [range(0), range(20, 45)])  # products during which the machine does something else
 @pytest.mark.parametrize("bf16, expected", [(0.5, "bf16"), (0.9, "fp32"), (14, "fp32")])
-def test_precision_is_the_faster_one_even_if_the_machine_is_busy_for_a_moment(busy, bf16, expected, monkeypatch):
+def test_auto_precision_is_the_faster_one_despite_a_busy_moment(busy, bf16, expected, monkeypatch):
     products = []
 
     def time_product(statement, globals, number):
@@ -415,7 +415,7 @@ def test_precision_is_the_faster_one_even_if_the_machine_is_busy_for_a_moment(bu
 
 
 # ------------------------------------------------------------------------------------------------- files and curves
-def test_metrics_hold_one_row_per_epoch_with_means_over_all_images(finished):
+def test_metrics_csv_has_a_row_per_epoch_with_means_over_all_images(finished):
     table = rows(finished)
     points = torch.load(finished / "checkpoint.pt", weights_only=True)["points"]
     training = [point for point in points if "train_loss" in point]
@@ -433,7 +433,7 @@ def test_metrics_hold_one_row_per_epoch_with_means_over_all_images(finished):
             assert sum(size * point[metric] for size, point in parts) / 40 == pytest.approx(float(row[metric]))
 
 
-def test_events_hold_every_point_and_every_validation(finished):
+def test_tensorboard_events_have_every_point_and_validation(finished):
     points = torch.load(finished / "checkpoint.pt", weights_only=True)["points"]
     training = [point for point in points if "train_loss" in point]
     logged = [("learning_rate/train", step, 1e-3) for step in range(1, 10)]
@@ -444,14 +444,14 @@ def test_events_hold_every_point_and_every_validation(finished):
     assert scalars(finished) == [pytest.approx(one) for one in sorted(logged)]
 
 
-def test_config_holds_what_it_takes_to_run_it_again(finished):
+def test_config_json_has_the_command_that_repeats_the_run(finished):
     expected = {"recipe": "baseline", "lr": 1e-3, "epochs": 3, "batch_size": 16, "augment": "none", "seed": 0}
     expected |= {"command": "python train.py --lr 1e-3 --epochs 3", "threads": 1, "precision": "fp32"}
     assert expected.items() <= config(finished).items()
     assert config(finished)["versions"]["torch"] == torch.__version__
 
 
-def test_tensorboard_can_show_a_point_long_before_the_first_epoch_ends(tiny, tmp_path, before):
+def test_tensorboard_shows_points_before_the_first_epoch_ends(tiny, tmp_path, before):
     seen = []
     before(train, "train_step", lambda *_: seen.append(len(scalars(tmp_path / "experiments/run"))), [2])
     assert tiny("--epochs", 1, "--name", "run").returncode == 0
@@ -472,7 +472,7 @@ def curves(epochs):
 
 
 @pytest.mark.parametrize("epochs", [0.6, 7])
-def test_curves_show_fine_points_and_whole_epochs_for_ticks(epochs):
+def test_curves_png_shows_points_within_epochs_and_ticks_at_whole_epochs(epochs):
     run = curves(epochs)
     for panel, metric in zip(draw({"run": run}).axes, train.METRICS, strict=True):
         training, validation = panel.get_lines()
@@ -483,7 +483,7 @@ def test_curves_show_fine_points_and_whole_epochs_for_ticks(epochs):
         assert len(ticks) >= 2 and all(tick == int(tick) for tick in ticks)
 
 
-def test_thirty_five_runs_look_different():
+def test_curves_png_gives_35_runs_different_styles():
     figure = draw({f"run {number}": curves(1) for number in range(35)})
     for lines in (figure.axes[0].get_lines()[::2], figure.axes[0].get_lines()[1::2]):
         looks = {(line.get_color(), line.get_marker()) for line in lines}
@@ -492,7 +492,7 @@ def test_thirty_five_runs_look_different():
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("name", ["W" * 20, "W" * 255, "実" * 80], ids=["20", "255", "80"])
-def test_a_legend_of_long_names_stays_in_the_picture(name):
+def test_curves_png_has_room_for_long_names(name):
     figure = draw({name + ending: curves(1) for ending in "ab"})
     legend = figure.legends[0].get_window_extent()
     assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
@@ -500,7 +500,7 @@ def test_a_legend_of_long_names_stays_in_the_picture(name):
     assert first != second and first.startswith(" " + name[:28])
 
 
-def test_curves_show_every_run_whatever_its_name(finished, copy, tiny, tmp_path):
+def test_curves_png_shows_runs_of_any_name(finished, copy, tiny, tmp_path):
     for name in ("$_$", "_b"):  # for matplotlib, a formula and a hidden label
         copy(name=name)
     runs = train.read_curves(tmp_path / "experiments")
@@ -511,7 +511,7 @@ def test_curves_show_every_run_whatever_its_name(finished, copy, tiny, tmp_path)
     assert outcome.returncode == 0 and outcome.stderr == ""
 
 
-def test_curves_show_a_run_of_another_format(copy, tmp_path):
+def test_curves_png_shows_runs_of_an_older_format(copy, tmp_path):
     def make_old(saved):
         saved["format"] = 5
         saved["points"] = [point for point in saved["points"] if "train_loss" in point]  # validation was in the rows
@@ -527,7 +527,7 @@ def test_curves_show_a_run_of_another_format(copy, tmp_path):
     lambda saved: saved["rows"].clear(),
     lambda saved: saved.update(points=[3]),
 ])  # fmt: skip
-def test_curves_name_a_checkpoint_that_they_leave_out(copy, tiny, tmp_path, change):
+def test_curves_png_warning_names_a_checkpoint_it_leaves_out(copy, tiny, tmp_path, change):
     copy(change, name="foreign")
     outcome = tiny("--epochs", 1, "--name", "run")
     assert outcome.returncode == 0
@@ -535,21 +535,21 @@ def test_curves_name_a_checkpoint_that_they_leave_out(copy, tiny, tmp_path, chan
     assert (tmp_path / "experiments/curves.png").exists()
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, tiny, tmp_path):
+def test_same_seed_gives_the_same_bits_and_another_seed_different_ones(finished, tiny, tmp_path):
     for seed in (0, 1):
         assert tiny("--lr", "1e-3", "--epochs", 3, "--seed", seed, "--name", seed).returncode == 0
     assert agree(finished, tmp_path / "experiments/0")
     assert not agree(finished, tmp_path / "experiments/1")
 
 
-def test_the_same_command_again_takes_the_next_number(tiny, tmp_path):
+def test_repeating_a_command_makes_a_folder_with_the_next_number(tiny, tmp_path):
     for _ in range(3):
         assert tiny("--epochs", 1).returncode == 0
     first, second, third = sorted(path.parent for path in tmp_path.glob("experiments/*/metrics.csv"))
     assert (second.name, third.name) == (f"{first.name}-2", f"{first.name}-3")
 
 
-def test_a_new_run_has_the_highest_number_even_if_a_lower_one_is_free(copy, tiny, tmp_path):
+def test_a_new_folder_gets_the_highest_number_even_if_a_lower_one_is_free(copy, tiny, tmp_path):
     name = "baseline-lr0.001-none-epochs=1-seed0"
     copy(name=f"{name}-3")
     assert tiny("--epochs", 1).returncode == 0
@@ -562,7 +562,7 @@ def test_a_new_run_has_the_highest_number_even_if_a_lower_one_is_free(copy, tiny
     ("replace", errno.EACCES, [1, 2], 0, b"old"),  # Windows, while another program has the file open
     ("replace", errno.EACCES, [1, 2], 60, b"new"),
 ])  # fmt: skip
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, before, call, error, calls, patience, written):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, before, call, error, calls, patience, written):
     data.write_file(path := tmp_path / "file", b"old")
     before(os, call, raising(OSError(error, os.strerror(error))), calls)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -578,7 +578,7 @@ def list_complaints(outcome):
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "config.json"])
-def test_an_unwritable_table_warns_and_is_written_once_it_can_be(finished, tiny, tmp_path, before, name):
+def test_an_unwritable_table_warns_and_is_written_later(finished, tiny, tmp_path, before, name):
     folder = tmp_path / "experiments/run"
     (folder / name).mkdir(parents=True)
     before(train, "evaluate", lambda *_: (folder / name).rmdir(), [2])
@@ -589,7 +589,7 @@ def test_an_unwritable_table_warns_and_is_written_once_it_can_be(finished, tiny,
 
 
 @unix
-def test_events_on_a_full_disk_warn_once_per_epoch_and_are_written_once_there_is_room(
+def test_events_on_a_full_disk_warn_once_per_epoch_and_are_written_later(
     finished, tiny, tmp_path, monkeypatch, before
 ):
     # what is written waits in memory until it is flushed, and then the disk is full
@@ -611,13 +611,13 @@ def use_latex(monkeypatch):
 
 
 @pytest.mark.parametrize("accident", [break_matplotlib, use_latex])
-def test_curves_that_cannot_be_drawn_end_no_run(tmp_path, monkeypatch, accident):
+def test_training_survives_a_failure_to_draw_curves_png(tmp_path, monkeypatch, accident):
     tiny = make_tiny(monkeypatch, tmp_path, draw=True)
     accident(monkeypatch)
     assert list_complaints(tiny("--epochs", 1)) == ["train.py: cannot write experiments/curves.png"]
 
 
-def test_load_gives_the_trained_net_in_evaluation_mode(finished):
+def test_load_returns_the_trained_net_in_evaluation_mode(finished):
     model = train.load(finished)
     assert not model.training and {parameter.device.type for parameter in model.parameters()} == {"cpu"}
     result, last = train.evaluate(model, *load_tiny(None)[1], "fp32"), rows(finished)[-1]
@@ -625,7 +625,7 @@ def test_load_gives_the_trained_net_in_evaluation_mode(finished):
     assert result["val_loss"] == pytest.approx(float(last["val_loss"]), rel=0.02)
 
 
-def test_readme_classifies_a_picture_of_ones_own(finished, tmp_path, monkeypatch, capsys):
+def test_readmes_snippet_classifies_a_picture(finished, tmp_path, monkeypatch, capsys):
     readme = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     (folder,) = re.findall(r'train\.load\("(.*?)"\)', code)
@@ -675,7 +675,7 @@ class TensorBoard:
         raise TimeoutError(f"TensorBoard does not show step {step}")
 
 
-def test_tensorboard_may_stay_open_while_a_run_is_stopped_and_resumed(finished, tiny, tmp_path, before):
+def test_tensorboard_left_open_shows_a_run_stopped_and_resumed(finished, tiny, tmp_path, before):
     folder, flags = tmp_path / "experiments/run", ("--epochs", 3, "--name", "run")
     before(train, "train_step", raising(KeyboardInterrupt()), [9])  # the third epoch's points will be logged again
     assert tiny(*flags).returncode == 130
@@ -743,7 +743,7 @@ def run_and_die(tiny, cwd, *flags, kill_at):
 @unix
 @pytest.mark.parametrize("recipe", ["baseline", "quick"])
 @pytest.mark.usefixtures("finished")  # so that all is imported before processes are forked
-def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, recipe):
+def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, recipe):
     flags = ("--recipe", recipe, "--augment", "both", "--epochs", 2, "--name", "run", "--resume")
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -761,14 +761,14 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, recipe):
         assert sorted(path.name for path in (cwd / "experiments").iterdir()) == ["curves.png", "run"]
 
 
-def test_resume_starts_a_run_that_has_no_checkpoint(tiny, before):
+def test_resume_starts_a_run_without_checkpoint_from_scratch(tiny, before):
     before(train, "train_step", raising(KeyboardInterrupt()), [2])  # a folder, and nothing to go on with
     assert tiny("--epochs", 1).returncode == 130
     outcome = tiny("--epochs", 1, "--resume")
     assert outcome.returncode == 0 and "seed0 on cpu, 1 threads, fp32: starts" in outcome.stdout
 
 
-def test_resume_goes_on_after_the_last_finished_epoch(finished, tiny, tmp_path, before):
+def test_resume_continues_after_the_last_finished_epoch(finished, tiny, tmp_path, before):
     flags = ("--epochs", 3, "--name", "run", "--resume")
     before(train, "train_step", raising(KeyboardInterrupt()), [5])
     assert tiny(*flags).returncode == 130
@@ -777,7 +777,7 @@ def test_resume_goes_on_after_the_last_finished_epoch(finished, tiny, tmp_path, 
     assert agree(finished, tmp_path / "experiments/run")
 
 
-def test_events_sort_after_older_ones_even_if_the_clock_went_back(tiny, tmp_path, monkeypatch, before):
+def test_event_files_stay_in_order_when_the_clock_goes_back(tiny, tmp_path, monkeypatch, before):
     before(train, "train_step", raising(KeyboardInterrupt()), [5])
     assert tiny("--epochs", 2, "--name", "run").returncode == 130
     (first,) = tmp_path.glob("experiments/run/events.*")
@@ -788,7 +788,7 @@ def test_events_sort_after_older_ones_even_if_the_clock_went_back(tiny, tmp_path
     assert len(files) == 2 and files[0] == first  # TensorBoard reads them in this order
 
 
-def test_resume_leaves_a_finished_run_as_it_is(copy, tiny):
+def test_resume_leaves_a_finished_run_unchanged(copy, tiny):
     folder = copy()
     before = (folder / "checkpoint.pt").read_bytes()
     outcome = tiny("--name", "run", "--resume")
@@ -796,7 +796,7 @@ def test_resume_leaves_a_finished_run_as_it_is(copy, tiny):
     assert (folder / "checkpoint.pt").read_bytes() == before
 
 
-def test_leftovers_of_killed_writers_are_removed(copy, tiny):
+def test_temporary_files_of_killed_runs_are_removed(copy, tiny):
     folder = copy()
     for path in (folder / "checkpoint.pt.1-1.part", folder.parent / "curves.png.1-1.part"):
         path.touch()
@@ -805,20 +805,20 @@ def test_leftovers_of_killed_writers_are_removed(copy, tiny):
 
 
 @pytest.mark.parametrize("flags", ["--batch-size 8 --epochs 1", "--epochs 1", "--held-out 10", "--precision fp32"])
-def test_resume_never_takes_a_run_with_other_settings(tiny, tmp_path, flags):
+def test_resume_never_continues_a_run_with_different_settings(tiny, tmp_path, flags):
     assert tiny(*flags.split()).returncode == 0
     outcome = tiny("--resume")
     assert "starts" in outcome.stdout and len([*tmp_path.glob("experiments/*/metrics.csv")]) == 2
 
 
-def test_resume_takes_the_highest_number_whatever_the_dates(finished, copy, tiny):
+def test_resume_continues_the_highest_number_whatever_the_dates(finished, copy, tiny):
     name = "baseline-lr0.001-none-epochs=3-seed0"
     for date, ending in enumerate(("-2", "-10", "")):
         os.utime(copy(name=name + ending) / "checkpoint.pt", (date, date))
     assert f"{name}-10 on" in tiny("--epochs", 3, "--resume").stdout
 
 
-def test_resume_takes_the_newest_run_even_if_only_an_older_one_has_a_checkpoint(tiny, before):
+def test_resume_prefers_the_newest_run_even_without_a_checkpoint(tiny, before):
     assert tiny("--epochs", 1).returncode == 0
     before(train, "train_step", raising(KeyboardInterrupt()), [2])
     assert tiny("--epochs", 1).returncode == 130
@@ -826,14 +826,14 @@ def test_resume_takes_the_newest_run_even_if_only_an_older_one_has_a_checkpoint(
     assert "seed0-2 on cpu" in outcome.stdout and "starts" in outcome.stdout
 
 
-def test_resume_passes_over_a_folder_that_it_may_not_write(copy, tiny, monkeypatch):
+def test_resume_skips_a_folder_it_cannot_write_to(copy, tiny, monkeypatch):
     name = "baseline-lr0.001-none-epochs=1-seed0"
     mates = copy(name=f"{name}-2")
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != mates.name)
     assert f"{name}-3 on" in tiny("--epochs", 1, "--resume").stdout
 
 
-def test_ctrl_c_prints_the_command_that_goes_on_with_this_very_run(tiny, tmp_path, before):
+def test_ctrl_c_prints_the_command_that_resumes_this_run(tiny, tmp_path, before):
     assert tiny("--epochs", 1).returncode == 0
     before(train, "train_step", raising(KeyboardInterrupt()), [2])
     command = shlex.split(complain(tiny("--epochs", 1), 130))
@@ -842,7 +842,7 @@ def test_ctrl_c_prints_the_command_that_goes_on_with_this_very_run(tiny, tmp_pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_run_with_exit_code_130(tiny, before, monkeypatch, number):
+def test_sigint_and_sigterm_exit_with_130(tiny, before, monkeypatch, number):
     before(train, "evaluate", lambda *_: signal.raise_signal(number))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert tiny().returncode == 130
@@ -852,14 +852,14 @@ def test_a_signal_stops_the_run_with_exit_code_130(tiny, before, monkeypatch, nu
 
 
 @unix
-def test_ctrl_c_while_pytorch_is_imported_shows_no_traceback(tmp_path):
+def test_ctrl_c_during_import_shows_no_traceback(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     outcome = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True)
     assert outcome.returncode == -signal.SIGINT and outcome.stderr == ""
 
 
-def test_more_epochs_take_a_finished_run_to_what_a_longer_one_gives(copy, tiny, before):
+def test_resuming_with_more_epochs_equals_a_longer_run(copy, tiny, before):
     whole = (folder := copy()).with_name("whole")
     assert tiny("--epochs", 5, "--name", "whole").returncode == 0
     before(train, "train_step", raising(KeyboardInterrupt()), [4])  # in the fifth epoch
@@ -875,12 +875,12 @@ def test_more_epochs_take_a_finished_run_to_what_a_longer_one_gives(copy, tiny, 
 @pytest.mark.parametrize("problem", [
     MemoryError(), torch.cuda.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
 ])  # fmt: skip
-def test_a_run_out_of_memory_says_what_helps(tiny, before, problem):
+def test_running_out_of_memory_prints_what_helps(tiny, before, problem):
     before(train, "evaluate", raising(problem))
     assert "out of memory" in (line := complain(tiny(), 1)) and "--widths" in line
 
 
-def test_a_name_that_another_run_claims_meanwhile_is_refused_and_not_overwritten(copy, tiny, tmp_path, before):
+def test_a_name_claimed_by_another_run_meanwhile_is_refused(copy, tiny, tmp_path, before):
     files = {}
     before(data, "load_cifar10", lambda root: copy() and files.update(list_files(tmp_path)))
     line = complain(tiny("--name", "run"), 2)
@@ -888,7 +888,7 @@ def test_a_name_that_another_run_claims_meanwhile_is_refused_and_not_overwritten
     assert list_files(tmp_path) == files
 
 
-def test_a_run_that_is_still_going_on_cannot_be_resumed_beside_it(copy, tiny, tmp_path):
+def test_resume_refuses_a_run_that_is_still_running(copy, tiny, tmp_path):
     folder = copy()
     before = list_files(tmp_path)
     with FileLock(folder / ".lock"):
@@ -898,7 +898,7 @@ def test_a_run_that_is_still_going_on_cannot_be_resumed_beside_it(copy, tiny, tm
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_locks_gets_a_line_and_the_run(tiny, monkeypatch, code):
+def test_training_works_on_a_file_system_without_locks(tiny, monkeypatch, code):
     def refuse(lock, timeout):
         raise OSError(code, os.strerror(code))
 
@@ -920,7 +920,7 @@ CONTRADICTIONS = {  # flags: the stored and the given value that the line names
 
 
 @pytest.mark.parametrize("flags, says", CONTRADICTIONS.items())
-def test_a_flag_that_contradicts_a_saved_run_is_refused_with_both_values(copy, tiny, tmp_path, flags, says):
+def test_resume_refuses_a_conflicting_flag_and_shows_both_values(copy, tiny, tmp_path, flags, says):
     copy()
     before = list_files(tmp_path)
     line = complain(tiny("--name", "run", "--resume", *flags.split()), 2)
@@ -929,7 +929,7 @@ def test_a_flag_that_contradicts_a_saved_run_is_refused_with_both_values(copy, t
     assert list_files(tmp_path) == before
 
 
-def test_a_recipe_that_has_changed_since_is_not_passed_off_as_the_old_one(tiny, tmp_path, monkeypatch):
+def test_resume_refuses_a_run_whose_recipe_has_changed(tiny, tmp_path, monkeypatch):
     assert tiny("--epochs", 1).returncode == 0
     monkeypatch.setitem(train.BASELINE, "label_smoothing", (0.3, ""))
     before = list_files(tmp_path)
@@ -940,12 +940,12 @@ def test_a_recipe_that_has_changed_since_is_not_passed_off_as_the_old_one(tiny, 
     assert tiny(name, "--resume").returncode == 0  # as it was
 
 
-def test_a_setting_newer_than_the_run_has_its_default(copy, tiny):
+def test_resume_gives_settings_missing_in_old_runs_their_default(copy, tiny):
     copy(lambda saved: saved["settings"].pop("tta"))
     assert "is finished" in tiny("--name", "run", "--resume").stdout
 
 
-def test_more_epochs_go_on_after_a_last_epoch_with_test_time_augmentation(tiny, tmp_path):
+def test_more_epochs_continue_after_test_time_augmentation(tiny, tmp_path):
     assert tiny("--epochs", 1, "--tta", "--name", "run").returncode == 0
     assert tiny("--epochs", 3, "--name", "run", "--resume").returncode == 0
     assert [row["val_accuracy_tta"] != "" for row in rows(tmp_path / "experiments/run")] == [True, False, True]
@@ -956,7 +956,7 @@ def test_more_epochs_go_on_after_a_last_epoch_with_test_time_augmentation(tiny, 
     lambda saved: saved["settings"].update(sizes={24: 0.5}),  # when its images grow depends on the epochs
     lambda saved: saved["rows"][-1].update(epoch=2.5),  # from the middle of an epoch it cannot go on
 ])  # fmt: skip
-def test_more_epochs_are_refused_where_steps_depended_on_their_number(copy, tiny, tmp_path, change):
+def test_more_epochs_are_refused_if_the_schedule_depends_on_them(copy, tiny, tmp_path, change):
     copy(change)
     before = list_files(tmp_path)
     assert "--epochs=3, not --epochs=4" in complain(tiny("--name", "run", "--resume", "--epochs", 4), 2)
@@ -971,14 +971,14 @@ def test_more_epochs_are_refused_where_steps_depended_on_their_number(copy, tiny
     (lambda saved: saved.update(format=1), "saved by another version of this code (format 1"),
     (lambda saved: saved.clear(), "is damaged, or no checkpoint"),
 ])  # fmt: skip
-def test_a_checkpoint_that_does_not_fit_is_refused_and_says_why(copy, tiny, tmp_path, change, says):
+def test_a_checkpoint_of_another_net_is_refused_with_the_reason(copy, tiny, tmp_path, change, says):
     copy(change)
     before = list_files(tmp_path)
     assert says in complain(tiny("--name", "run", "--resume"), 2)
     assert list_files(tmp_path) == before
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(copy, tiny, before):
+def test_a_checkpoint_without_read_permission_is_not_called_damaged(copy, tiny, before):
     copy()
     before(Path, "read_bytes", raising(PermissionError(13, "Permission denied", "checkpoint.pt")))
     line = complain(tiny("--name", "run", "--resume"), 1)
@@ -986,14 +986,14 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(copy, tiny, bef
 
 
 @pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_a_checkpoint_that_memory_is_short_for_is_not_called_damaged(copy, tiny, before, problem):
+def test_a_checkpoint_too_large_for_memory_is_not_called_damaged(copy, tiny, before, problem):
     copy()
     before(torch, "load", raising(problem))
     line = complain(tiny("--name", "run", "--resume"), 1)
     assert "out of memory" in line and "damaged" not in line
 
 
-def test_a_mistake_in_the_students_own_net_is_not_blamed_on_the_checkpoint(copy, tiny, before):
+def test_an_error_in_the_net_is_not_blamed_on_the_checkpoint(copy, tiny, before):
     copy()
     before(train.ConvNet, "load_state_dict", raising(TypeError("mine")))
     with pytest.raises(TypeError, match="mine"):
@@ -1001,7 +1001,7 @@ def test_a_mistake_in_the_students_own_net_is_not_blamed_on_the_checkpoint(copy,
 
 
 @pytest.mark.parametrize("share", [0, 0.5, None])
-def test_a_broken_checkpoint_is_refused_and_cannot_be_loaded(copy, tiny, share):
+def test_resume_and_load_refuse_a_damaged_checkpoint(copy, tiny, share):
     raw = (path := copy() / "checkpoint.pt").read_bytes()
     path.write_bytes(b"not a checkpoint" if share is None else raw[: int(share * len(raw))])
     assert "checkpoint.pt is damaged" in complain(tiny("--name", "run", "--resume"), 2)
@@ -1009,12 +1009,12 @@ def test_a_broken_checkpoint_is_refused_and_cannot_be_loaded(copy, tiny, share):
         train.load(path.parent)
 
 
-def test_load_takes_a_tilde_of_nobody_for_a_folder():
+def test_load_treats_an_unknown_tilde_user_as_a_folder():
     with pytest.raises(train.UsageError, match=r"no run at .*nobody-here"):
         train.load("~nobody-here/run")
 
 
-def test_load_says_where_there_is_no_run(tmp_path):
+def test_load_error_names_the_folder_without_a_run(tmp_path):
     with pytest.raises(train.UsageError, match=r"^no run at .*nowhere"):
         train.load(tmp_path / "nowhere")
 
@@ -1024,7 +1024,7 @@ class Malicious:
         return Path.touch, (Path("executed"),)
 
 
-def test_a_checkpoint_that_would_run_code_is_refused_and_its_code_not_run(copy, monkeypatch, tmp_path):
+def test_a_checkpoint_with_code_is_refused_and_never_runs_it(copy, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     folder = copy(lambda saved: saved.update(extra=Malicious()))
     with pytest.raises(train.UsageError):
@@ -1035,7 +1035,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_its_code_not_run(copy, 
 @pytest.mark.parametrize(
     "device, flag, precision", [("cpu", "", "bf16"), ("cpu", "--device auto", "bf16"), ("cuda", "--device cpu", "fp32")]
 )
-def test_a_run_keeps_its_precision_unless_another_device_is_named(finished, copy, tiny, device, flag, precision):
+def test_a_resumed_run_keeps_its_precision_unless_the_device_changes(finished, copy, tiny, device, flag, precision):
     folder = copy(lambda saved: saved["settings"].update(device=device, precision="bf16"))
     assert f" {precision}:" in tiny("--name", "run", "--resume", "--epochs", 4, *flag.split()).stdout
     expected = config(finished) | {"precision": precision, "epochs": 4, "command": config(folder)["command"]}
@@ -1043,7 +1043,7 @@ def test_a_run_keeps_its_precision_unless_another_device_is_named(finished, copy
 
 
 @pytest.mark.parametrize("flag, precision", [("fp32", "fp32"), ("bf16", "bf16")])
-def test_precision_can_be_forced(tiny, tmp_path, before, flag, precision):
+def test_precision_flag_overrides_auto(tiny, tmp_path, before, flag, precision):
     seen = set()
     before(train, "train_step", lambda *given: seen.add(given[-1]))
     before(train, "evaluate", lambda *given: seen.add(given[3]))
@@ -1053,7 +1053,7 @@ def test_precision_can_be_forced(tiny, tmp_path, before, flag, precision):
 
 @unix
 @pytest.mark.parametrize("kilobytes", [0, 1, 60])
-def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(finished, tiny, tmp_path, kilobytes):
+def test_a_full_disk_prints_a_line_and_resume_continues_later(finished, tiny, tmp_path, kilobytes):
     import resource
 
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -1071,7 +1071,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(finished, ti
     assert agree(finished, folder) and scalars(finished) == scalars(folder)
 
 
-def test_a_loss_that_is_not_finite_is_not_saved_and_the_failed_run_lets_go_of_its_folder(tmp_path, monkeypatch, capsys):
+def test_a_nan_loss_is_not_saved_and_unlocks_the_folder(tmp_path, monkeypatch, capsys):
     make_tiny(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1e30", "--name", "run"])
@@ -1083,7 +1083,7 @@ def test_a_loss_that_is_not_finite_is_not_saved_and_the_failed_run_lets_go_of_it
     FileLock(tmp_path / "experiments/run/.lock").acquire(timeout=0)
 
 
-def test_a_net_that_the_last_step_of_an_epoch_has_broken_is_not_saved(copy, tiny, monkeypatch):
+def test_a_net_broken_by_the_last_step_of_an_epoch_is_not_saved(copy, tiny, monkeypatch):
     before = (path := copy() / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(train, "evaluate", lambda *arguments: {"val_loss": math.nan, "val_accuracy": 0.1})
     line = complain(tiny("--name", "run", "--resume", "--epochs", 4), 1)
@@ -1092,17 +1092,17 @@ def test_a_net_that_the_last_step_of_an_epoch_has_broken_is_not_saved(copy, tiny
 
 
 @unix
-def test_a_link_to_nowhere_is_named_for_what_it_is(tiny, tmp_path):
+def test_a_dangling_link_as_experiments_folder_prints_a_line(tiny, tmp_path):
     (tmp_path / "experiments").symlink_to(tmp_path / "unmounted")
     assert "File exists: experiments" in complain(tiny("--resume"), 1)
 
 
-def test_a_folder_that_cannot_be_made_is_named(tiny, tmp_path):
+def test_error_names_a_folder_that_cannot_be_created(tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "file" in complain(tiny("--experiments", "file"), 1)
 
 
-def test_a_tilde_is_the_home_folder_and_a_name_may_have_spaces_and_dots(tiny, tmp_path, monkeypatch):
+def test_experiments_may_start_with_a_tilde_and_names_have_spaces_and_dots(tiny, tmp_path, monkeypatch):
     for variable in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(variable, str(tmp_path / "home"))
     for name in ("my 1st run", "..dots", "-minus"):
@@ -1124,7 +1124,7 @@ def run_process(cwd, *flags, **variables):
     {"MPLBACKEND": "nonsense", "PYTHONIOENCODING": "ascii"},  # as a notebook and an old terminal hand them on
     {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},  # the name is not even text to Python
 ])  # fmt: skip
-def test_an_odd_environment_and_a_name_in_other_letters_do_not_matter(tmp_path, variables):
+def test_training_works_in_an_odd_environment_with_a_japanese_name(tmp_path, variables):
     outcome = run_process(tmp_path, "--name", "実験", "--epochs", "1", **variables)
     assert outcome.returncode == 0
     assert b"run experiments/??" in outcome.stdout.replace(b"\\", b"/")
@@ -1150,7 +1150,7 @@ def is_locked(path):
     return False
 
 
-def test_a_run_that_had_its_turn_waits_until_another_has_had_its_own(turns, tmp_path):
+def test_runs_on_one_cpu_take_turns_by_the_epoch(turns, tmp_path):
     order = []
 
     def run():
@@ -1169,7 +1169,7 @@ def test_a_run_that_had_its_turn_waits_until_another_has_had_its_own(turns, tmp_
     assert order == ["one", "other", "one"]
 
 
-def test_a_run_that_waits_names_the_process_that_trains(turns, capsys, monkeypatch):
+def test_a_waiting_run_names_the_process_that_trains(turns, capsys, monkeypatch):
     acquire = FileLock.acquire
     monkeypatch.setattr(FileLock, "acquire", lambda lock, timeout=-1: acquire(lock, timeout if timeout < 0 else 0.1))
     done = threading.Event()
@@ -1188,21 +1188,21 @@ def test_a_run_that_waits_names_the_process_that_trains(turns, capsys, monkeypat
 
 
 @pytest.mark.parametrize("device, threads", [("cuda", None), ("cpu", "1")])
-def test_on_a_gpu_or_with_omp_num_threads_nobody_waits(turns, monkeypatch, device, threads):
+def test_runs_on_a_gpu_or_with_omp_num_threads_take_no_turns(turns, monkeypatch, device, threads):
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     with train.take_turn(SimpleNamespace(device=device)), train.take_turn(SimpleNamespace(device=device)):
         assert not Path(tempfile.tempdir, "train.py-0").exists()
 
 
-def test_without_a_place_for_locks_runs_take_no_turns(turns, monkeypatch, tmp_path):
+def test_runs_take_no_turns_if_locks_cannot_be_created(turns, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with train.take_turn(turns), train.take_turn(turns):
         pass
 
 
 @pytest.mark.parametrize("name", ["train.py", "bn.py", "visualize_aug.py"])
-def test_an_older_python_is_told_which_one_is_needed(monkeypatch, name):
+def test_an_old_python_prints_the_version_it_needs(monkeypatch, name):
     ast.parse((SCRIPT.parent / name).read_text(encoding="utf-8"), feature_version=(3, 8))  # so far it gets, at least
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
     monkeypatch.setattr(sys, "version", "3.9.1 (main)")
@@ -1223,7 +1223,7 @@ def test_a_notebook_sees_progress(tiny, monkeypatch):  # and a log does not: of 
 
 # --------------------------------------------------------------------------------------------------------- real data
 @pytest.mark.real_data
-def test_quick_reaches_75_percent_on_the_real_cifar10(tmp_path):
+def test_quick_recipe_gets_75_percent_on_the_real_cifar10(tmp_path):
     command = [sys.executable, SCRIPT, "--recipe", "quick", "--data", SCRIPT.parent / "datasets"]
     outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr

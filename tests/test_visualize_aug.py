@@ -31,7 +31,7 @@ run = functools.partial(run_script, visualize_aug.main)
 
 
 @pytest.mark.parametrize("name", ["1.png", "P.gif", "LA.png", "I;16.png", "F.tiff", "CMYK.jpg"])
-def test_every_kind_of_picture_is_read(name, tmp_path):
+def test_pictures_of_every_kind_can_be_read(name, tmp_path):
     ramp(name.split(".")[0]).save(tmp_path / name)
     images = visualize_aug.read(tmp_path / name)
     assert images.shape == (1, 3, 40, 60) and images.dtype == torch.uint8
@@ -51,7 +51,7 @@ def test_transparent_pixels_become_white_and_dark_deep_pixels_stay_dark(mode, co
 
 
 @pytest.mark.parametrize("name", ["RGB.jpg", "I;16.png"])
-def test_large_picture_is_shrunk_and_looks_the_same(name, tmp_path):
+def test_a_large_picture_is_shrunk_without_changing_its_look(name, tmp_path):
     ramp(name.split(".")[0], 3000, 2000).save(tmp_path / name)
     images = visualize_aug.read(tmp_path / name)
     assert images.shape == (1, 3, 683, 1024)
@@ -59,20 +59,20 @@ def test_large_picture_is_shrunk_and_looks_the_same(name, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "P"])
-def test_fine_pattern_shrinks_to_gray(mode, tmp_path):
+def test_a_fine_pattern_shrinks_to_gray(mode, tmp_path):
     pattern = np.indices((2048, 2048)).sum(0) % 2 * 255
     Image.fromarray(pattern.astype(np.uint8)).convert(mode).save(tmp_path / "fine.png")
     assert (visualize_aug.read(tmp_path / "fine.png").int() - 128).abs().max() < 10
 
 
-def test_photo_is_turned_upright(tmp_path):
+def test_a_photo_with_exif_rotation_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by a quarter
     ramp("RGB").save(tmp_path / "photo.jpg", exif=exif)
     assert visualize_aug.read(tmp_path / "photo.jpg").shape == (1, 3, 60, 40)
 
 
-def test_panels_show_what_the_loader_does():
+def test_figure_3_uses_the_augmentations_of_the_loader():
     images = torch.randint(256, (1, 3, 20, 32), dtype=torch.uint8, generator=seeded())
     generator = seeded(visualize_aug.SEED)
     panels = images / 255, data.position(images, generator) / 255, data.color(images / 255, generator)
@@ -84,7 +84,7 @@ def test_panels_show_what_the_loader_does():
         assert across.get_ydata()[0] == 10 and down.get_xdata()[0] == 16  # the middle
 
 
-def test_one_more_panel_widens_the_figure():
+def test_a_fourth_panel_widens_the_figure():
     source = (ROOT / "visualize_aug.py").read_text(encoding="utf-8")
     changed = {"__name__": "changed"}
     exec(source.replace("panels = {", 'panels = {"negative": 1 - data.to_float(images),'), changed)
@@ -94,14 +94,14 @@ def test_one_more_panel_widens_the_figure():
     assert after.get_figwidth() / 4 == before.get_figwidth() / 3 and after.axes[-1].get_position().x1 < 1
 
 
-def test_very_tall_picture_fits_into_the_figure(tmp_path):
+def test_a_very_tall_picture_fits_into_the_figure(tmp_path):
     ramp("L", 1, 1024).save(tmp_path / "tall.png")
     run("tall.png", cwd=tmp_path)
     assert Image.open(tmp_path / "tall_aug.png").height < 2000
 
 
 @pytest.mark.parametrize("ending, first", [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("JPG", b"\xff\xd8")])
-def test_ending_chooses_the_format_and_tilde_is_the_home_folder(ending, first, tmp_path, monkeypatch):
+def test_output_ending_chooses_the_format_and_tilde_is_the_home_folder(ending, first, tmp_path, monkeypatch):
     for variable in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(variable, str(tmp_path))
     ramp("RGB").save(tmp_path / "picture.png")
@@ -110,7 +110,7 @@ def test_ending_chooses_the_format_and_tilde_is_the_home_folder(ending, first, t
     assert outcome.returncode == 0 and (tmp_path / f"out.{ending}").read_bytes().startswith(first)
 
 
-def test_pictures_of_the_same_name_get_results_of_their_own(tmp_path):
+def test_pictures_of_the_same_name_get_different_outputs(tmp_path):
     for path in ("a/x.png", "b/x.png", "b/x.jpg"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         ramp("L").save(tmp_path / path)
@@ -119,13 +119,13 @@ def test_pictures_of_the_same_name_get_results_of_their_own(tmp_path):
     assert names == {"a/x_aug.png", "b/x_aug.png", "b/x.jpg_aug.png"}
 
 
-def test_unknown_ending_is_refused_with_a_list(tmp_path):
+def test_an_unknown_output_ending_is_refused_with_a_list_of_endings(tmp_path):
     line = complain(run(ROOT / "Lenna.png", "--output", "out.xyz", cwd=tmp_path), 2)
     assert "out.xyz must end in one of ." in line and ".pdf, " in line and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("output", ["thing.png", "../folder/thing.png", "link.png"])
-def test_picture_itself_is_never_overwritten(output, tmp_path):
+def test_the_input_picture_is_never_overwritten(output, tmp_path):
     (folder := tmp_path / "folder").mkdir()
     ramp("RGB").save(folder / "thing.png")
     os.link(folder / "thing.png", folder / "link.png")
@@ -143,7 +143,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("raw, says", UNREADABLE.values(), ids=UNREADABLE)
-def test_unreadable_picture_gets_one_line(raw, says, tmp_path):
+def test_an_unreadable_picture_prints_one_line(raw, says, tmp_path):
     if raw:
         (tmp_path / "thing.png").write_bytes(raw)
     outcome = run("thing.png", "--output", "out.png", cwd=tmp_path)
@@ -151,14 +151,14 @@ def test_unreadable_picture_gets_one_line(raw, says, tmp_path):
     assert not (tmp_path / "out.png").exists()
 
 
-def test_mistake_in_an_augmentation_is_not_blamed_on_the_picture(tmp_path, monkeypatch):
+def test_an_error_in_an_augmentation_is_not_blamed_on_the_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "color", lambda images, generator: images @ 0)
     with pytest.raises(TypeError, match="unsupported operand"):
         run(ROOT / "Lenna.png", "--output", "out.png", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("usetex, name, says", [(True, "out.png", "latex"), (False, "out.pgf", "xelatex")])
-def test_missing_latex_gets_one_line(usetex, name, says, tmp_path, monkeypatch):
+def test_missing_latex_prints_one_line(usetex, name, says, tmp_path, monkeypatch):
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", usetex)
     monkeypatch.setenv("PATH", str(tmp_path))
     line = complain(run(ROOT / "Lenna.png", "--output", name, cwd=tmp_path), 1)
@@ -166,13 +166,13 @@ def test_missing_latex_gets_one_line(usetex, name, says, tmp_path, monkeypatch):
     assert "try a name that ends in .png" in line and not list(tmp_path.iterdir())
 
 
-def test_missing_matplotlib_gets_one_line(tmp_path, monkeypatch):
+def test_missing_matplotlib_prints_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     line = complain(run(ROOT / "Lenna.png", "--output", "out.png", cwd=tmp_path), 1)
     assert line.startswith("visualize_aug.py: matplotlib cannot be imported (") and line.endswith("requirements.txt")
 
 
-def test_full_disk_gets_one_line_and_keeps_the_old_picture(tmp_path, monkeypatch):
+def test_a_full_disk_prints_one_line_and_keeps_the_old_picture(tmp_path, monkeypatch):
     (tmp_path / "out.png").write_bytes(b"old")
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     line = complain(run(ROOT / "Lenna.png", "--output", "out.png", cwd=tmp_path), 1)
