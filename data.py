@@ -13,6 +13,7 @@ import errno
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
 import os
@@ -272,19 +273,19 @@ def color(images, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0
 
 
 def views(images):
-    """Views for test-time augmentation: the images themselves, and four copies, each shifted diagonally by a pixel.
+    """Views for test-time augmentation: the images, and eight copies, each shifted by one pixel, also diagonally.
 
     Args:
         images: (B, C, H, W), floating point; not modified.
 
     Yields:
-        Five pairs: images (B, C, H, W), and the weight of their logits. The weights add up to 1.
+        Nine pairs: images (B, C, H, W), and the weight of their logits. The weights add up to 1.
     """
     height, width = images.shape[2:]
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    yield images, 0.5
-    for top, left in ((0, 0), (0, 2), (2, 0), (2, 2)):
-        yield padded[..., top : top + height, left : left + width], 0.125
+    for top, left in itertools.product(range(3), repeat=2):
+        weight = 0.2 if top == left == 1 else 0.1
+        yield padded[..., top : top + height, left : left + width], weight
 
 
 AUGMENTATIONS = ("none", "position", "color", "both")

@@ -47,26 +47,10 @@ def group(inputs, outputs, mirror):
     )
 
 
-class Residual(nn.Module):
-    """(B, channels, S, S) -> the same shape: what a third convolution finds is added to its input.
-
-    The input and the gradients pass by unchanged, so a net with more layers is not harder to train. (K. He et al.,
-    "Deep Residual Learning for Image Recognition", 2015.)
-    """
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(channels)
-
-    def forward(self, maps):
-        return maps + F.silu(self.norm(self.conv(maps)))
-
-
 class ConvNet(nn.Module):
     """(B, 3, 32, 32) normalized images -> (B, 10) logits.
 
-    With the default widths (32, 64, 128), those of the baseline, the shapes are
+    With the baseline's widths, (32, 64, 128), the shapes are
 
         stem    2x2 convolution, SiLU           (B,  24, 31, 31)
         groups  the first                       (B,  32, 15, 15)
@@ -80,19 +64,15 @@ class ConvNet(nn.Module):
         mirror: the convolutions treat an image and its mirror image alike (see `symmetrize`). The net must start from
             `whiten`. Widths must be divisible by 4, and the sides of images by 8: then no pooling meets an even map,
             and the symmetry is exact.
-        deep: how many of the groups, counted from the last, have a third convolution (`Residual`).
     """
 
-    def __init__(self, widths=(32, 64, 128), mirror=False, deep=0):
+    def __init__(self, widths=(32, 64, 128), mirror=False):
         super().__init__()
         channels = 24
         self.stem = nn.Conv2d(3, channels, kernel_size=2)
         self.groups = nn.Sequential()
-        for number, width in enumerate(widths, 1):
-            layers = group(channels, width, mirror)
-            if number > len(widths) - deep:
-                layers.append(Residual(width))
-            self.groups.append(layers)
+        for width in widths:
+            self.groups.append(group(channels, width, mirror))
             channels = width
         self.head = nn.Linear(channels, 10)
         self.mirror = mirror
@@ -125,11 +105,12 @@ class ConvNet(nn.Module):
         Args:
             images: (N, 3, H, W) normalized images, a sample of the training set (a thousand are plenty).
         """
-        images = torch.cat([images, images.flip(3)])
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1)  # (N, 3, H - 1, W - 1, 2, 2)
         patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
-        covariance = torch.cov(patches.T).cpu()  # MPS has no eigh
-        variances, axes = torch.linalg.eigh(covariance)
+        # In float32, eigh would mix a symmetric axis with another of nearly equal variance. (And MPS has no eigh.)
+        covariance = torch.cov(patches.T).cpu().double()
+        mirrored = covariance.view(3, 2, 2, 3, 2, 2).flip(2, 5).reshape(12, 12)
+        variances, axes = torch.linalg.eigh((covariance + mirrored) / 2)
         whitening = axes / (variances + 5e-4).sqrt()  # 5e-4: do not amplify pure noise
         filters = whitening.T.reshape(-1, 3, 2, 2)
         symmetry = (filters * filters.flip(3)).sum((1, 2, 3))  # positive or negative
@@ -164,12 +145,28 @@ class ConvNet(nn.Module):
         nn.init.zeros_(self.head.bias).requires_grad_(False)
 
 
+class Ensemble(nn.Module):
+    """(B, 3, 32, 32) normalized images -> (B, 10) logits: the mean of the logits of several networks.
+
+    Networks that start from different weights and see different batches make different mistakes, and some of these
+    cancel out. (L. Hansen and P. Salamon, "Neural network ensembles", 1990.)
+    """
+
+    def __init__(self, nets):
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, images):
+        logits = [net(images).float() for net in self.nets]
+        return torch.stack(logits).mean(0)
+
+
 class Muon:
     """Gradient descent with momentum, where the steps of convolutions are orthogonalized.
 
     A gradient is mostly a few strong directions. `orthogonalize` makes all directions about equally strong, so the weak
     ones learn too, and training needs far fewer steps than with SGD or Adam. (K. Jordan et al., "Muon: an optimizer for
-    hidden layers in neural networks", 2024. The constants here are close to those of his speed-run airbench94.) The
+    hidden layers in neural networks", 2024. The constants here are close to his in the speed-run airbench94.) The
     filters are kept at a fixed norm, so one rate suits all layers: batch norm undoes the scale of a filter anyway. The
     biases and the linear layer follow their own gradients (SGD, with a little weight decay), summed over the batch, so
     that an epoch goes as far in large batches as in small ones.

@@ -47,19 +47,19 @@ from tqdm import tqdm
 
 import data
 from loss import CrossEntropyLoss
-from network import ConvNet, Muon, forward, train_step
+from network import ConvNet, Ensemble, Muon, forward, train_step
 
 # Every setting is a flag: --lr 1e-4, --widths 64,128,256, --mirror or --no-mirror. A flag that is not given has the
 # value of the recipe. The baseline is the plain way to train a CNN, with all tricks off.
 BASELINE = {  # setting: (value, what it does)
     "recipe": ("baseline", "default values of the settings below; on two cores baseline 81.3% in 120 s, "
-               "quick 77.8% in 6, coffee 89.6% in 84, lunch 92.3% in 250, dinner 93.3% in 547, best 94.2% in 1861"),
+               "quick 77.7% in 7, coffee 89.7% in 76, lunch 92.5% in 238, dinner 93.2% in 563, best 94.6% in 1768"),
     "lr": (1e-3, "learning rate: how far a step moves the weights"),
     "epochs": (5.0, "how many times each training image is seen; may be a fraction"),
     "batch_size": (128, "images per step: more give a better direction, but fewer steps"),
     "augment": ("none", "change training images at random: position (flips and shifts), color, or both"),
     "widths": ((32, 64, 128), "channels of the net's three groups of layers: wide ones learn more and cost more"),
-    "deep": (0, "how many groups, from the last, have a third convolution (network.Residual)"),
+    "nets": (1, "train this many networks and average their logits: their mistakes differ (network.Ensemble)"),
     "sizes": ({}, "16:0.2,24:0.6 shrinks the images to 16x16 until 0.2 of the steps are done, then to 24x24 until 0.6:"
               " small images cost less and show the coarse shapes, which a net learns first"),
     "whiten": (False, "start from computed weights instead of random ones (ConvNet.whiten)"),
@@ -83,7 +83,14 @@ FAST = {  # the tricks that all other recipes share
     "label_smoothing": 0.1,
     "tta": True,
 }
-LONG = {**FAST, "lr": 0.18, "batch_size": 1000, "augment": "both"}  # other colors too, so that wide nets overfit less
+DINNER = {  # a wide net, which overfits less if it sees the images in other colors too
+    **FAST,
+    "lr": 0.18,
+    "epochs": 9.0,
+    "batch_size": 1000,
+    "augment": "both",
+    "widths": (64, 256, 256),
+}
 RECIPES = {
     "baseline": {},
     "quick": {  # 75% as soon as possible: a small net that sees few, small images
@@ -99,10 +106,10 @@ RECIPES = {
     },
     "coffee": {**FAST, "epochs": 3.6, "widths": (32, 128, 128)},
     "lunch": {**FAST, "epochs": 5.0, "widths": (64, 192, 192)},
-    "dinner": {**LONG, "epochs": 8.4, "widths": (64, 256, 256)},
-    "best": {**LONG, "epochs": 10.8, "widths": (128, 384, 384), "deep": 1},
+    "dinner": DINNER,
+    "best": {**DINNER, "nets": 3},
 }
-FORMAT = 7  # of checkpoint.pt: raise it when you change the net, the optimizer or what is saved
+FORMAT = 8  # of checkpoint.pt: raise it when you change the net, the optimizer or what is saved
 # Colors that the color-blind tell apart: M. Okabe and K. Ito, "Color Universal Design", 2008
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -159,7 +166,7 @@ READERS = {  # how the command line reads a setting: a function, or a choice
     "batch_size": number(int, 2, 50_000),
     "augment": data.AUGMENTATIONS,
     "widths": widths,
-    "deep": number(int, 0, 3),
+    "nets": number(int, 1, 100),
     "sizes": sizes,
     "optimizer": ("adam", "muon"),
     "label_smoothing": number(float, 0, 1),
@@ -259,20 +266,21 @@ def choose_precision(device):
 def build(settings, images):
     """A new network and its optimizer, built from a run's settings, on the device of `images`.
 
+    Its random weights come from PyTorch's global generator, which the caller seeds.
+
     Args:
         settings: what `read_settings` returns.
         images: (N, 3, H, W) normalized images, a sample of the training set, for `whiten`.
     """
-    torch.manual_seed(settings.seed)
-    model = ConvNet(settings.widths, settings.mirror, settings.deep)
+    net = ConvNet(settings.widths, settings.mirror)
     # Channels last: the CPU's convolutions are 1.4 to 2 times as fast with an image's channels next to each other.
-    model.to(images.device, memory_format=torch.channels_last)
+    net.to(images.device, memory_format=torch.channels_last)
     if settings.whiten:
-        model.whiten(images)
+        net.whiten(images)
     if settings.optimizer == "muon":
-        model.prepare_for_muon()
-        return model, Muon(model.parameters(), settings.lr, settings.batch_size)
-    return model, torch.optim.Adam(model.parameters(), settings.lr)
+        net.prepare_for_muon()
+        return net, Muon(net.parameters(), settings.lr, settings.batch_size)
+    return net, torch.optim.Adam(net.parameters(), settings.lr)
 
 
 def learning_rate(settings, step, steps):
@@ -299,36 +307,41 @@ def accuracy(logits, labels):
 METRICS = {"loss": CrossEntropyLoss(reduction="none"), "accuracy": accuracy}
 
 
-def train_epoch(model, optimizer, loader, settings, step, steps, report):
+def train_epoch(model, optimizers, loaders, settings, step, steps, report):
     """Train for an epoch from step number `step` on; stop early at step number `steps`.
 
-    About twenty times it calls `report` with a point of the training curves: a dict of means over the images since the
+    In each step, each network of the Ensemble `model` learns from the next batch of its own loader. About twenty times
+    it calls `report` with a point of the training curves: a dict of means over the networks and their images since the
     last point. Returns the number of the next step, and the means over all images.
     """
     criterion = CrossEntropyLoss(label_smoothing=settings.label_smoothing)
-    count = min(len(loader), steps - step)
-    every = max(1, round(len(loader) / 20))
+    length = len(loaders[0])
+    count = min(length, steps - step)
+    every = max(1, round(length / 20))
     recent, total = Counter(), Counter()  # sums over images
 
     def means(sums):
         return {f"train_{metric}": sums[metric] / sums["images"] for metric in METRICS}
 
     watched, said = is_watched(), time.monotonic()
-    batches = itertools.islice(loader, count)
+    batches = itertools.islice(zip(*loaders, strict=True), count)
     bar = tqdm(batches, total=count, leave=False, disable=not watched, mininterval=0.5)
-    for number, (images, labels) in enumerate(bar, 1):
+    for number, batch in enumerate(bar, 1):
         rate = learning_rate(settings, step, steps)
-        optimizer.param_groups[0]["lr"] = rate
-        images = data.resize(images, image_size(settings, step, steps))
-        logits, loss = train_step(model, optimizer, criterion, images, labels, settings.precision)
+        size = image_size(settings, step, steps)
         step += 1
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}: try a --lr below {settings.lr:g}")
-        recent["images"] += len(labels)
-        for metric, measure in METRICS.items():
-            recent[metric] += measure(logits, labels).sum().item()
+        learners = zip(model.nets, optimizers, batch, strict=True)
+        for net, optimizer, (images, labels) in learners:
+            optimizer.param_groups[0]["lr"] = rate
+            images = data.resize(images, size)
+            logits, loss = train_step(net, optimizer, criterion, images, labels, settings.precision)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {step}: try a --lr below {settings.lr:g}")
+            recent["images"] += len(labels)
+            for metric, measure in METRICS.items():
+                recent[metric] += measure(logits, labels).sum().item()
         if number % every == 0 or number == count:
-            now = {"epoch": step / len(loader), "step": step, "time": time.time()}
+            now = {"epoch": step / length, "step": step, "time": time.time()}
             report(now | {"train_learning_rate": rate} | means(recent))
             if not watched and time.monotonic() - said > 60:  # in a log, a line per minute
                 said = time.monotonic()
@@ -393,10 +406,13 @@ def read_checkpoint(path, any_format=False):
 
 
 def load(folder):
-    """The trained net of a run, in evaluation mode, on the CPU; UsageError if the folder holds none for this code."""
+    """The trained Ensemble of a run, in evaluation mode, on the CPU; UsageError if this code can load none there."""
     saved = read_checkpoint(Path(os.path.expanduser(folder), "checkpoint.pt"))
     settings = saved["settings"]
-    model = ConvNet(settings["widths"], settings["mirror"], settings["deep"])
+    nets = []
+    for _ in range(settings["nets"]):
+        nets.append(ConvNet(settings["widths"], settings["mirror"]))
+    model = Ensemble(nets)
     model.load_state_dict(saved["model"])
     return model.eval()
 
@@ -699,11 +715,17 @@ def train(settings, train_set, val_set, folder, saved):
     with take_turn(settings):
         start = time.perf_counter()  # making the net counts as training time
         sample = data.normalize(data.to_float(train_set[0][:1000]))
-        model, optimizer = build(settings, sample)
+        torch.manual_seed(settings.seed)
         generator = torch.Generator().manual_seed(settings.seed)
-        loader = data.Loader(*train_set, settings.batch_size, settings.augment, generator)
+        nets, optimizers, loaders = [], [], []
+        for _ in range(settings.nets):
+            net, optimizer = build(settings, sample)
+            nets.append(net)
+            optimizers.append(optimizer)
+            loaders.append(data.Loader(*train_set, settings.batch_size, settings.augment, generator))
+        model, length = Ensemble(nets), len(loaders[0])
         seconds = time.perf_counter() - start
-    step, steps = 0, max(1, round(settings.epochs * len(loader)))
+    step, steps = 0, max(1, round(settings.epochs * length))
     points, rows, how = [], [], "starts"
     stored = {key: vars(settings)[key] for key in BASELINE}
     command = shlex.join(["python", *sys.argv])
@@ -713,11 +735,13 @@ def train(settings, train_set, val_set, folder, saved):
         how = "is finished" if step == steps else f"continues after step {step} of {steps}"
         longer = settings.epochs > saved["settings"]["epochs"]
         command = f"{saved['command']} && {command}" if longer else saved["command"]
-        loader.epoch = len(rows)
+        for loader in loaders:
+            loader.epoch = len(rows)
         try:
             model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            generator.set_state(saved["generator"])  # after Loader, which draws its flips from the seed
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            generator.set_state(saved["generator"])  # after the loaders, which draw their flips from the seed
         except (RuntimeError, ValueError, KeyError) as problem:
             reason = f"does not fit this net and optimizer ({first_line(problem)})"
             raise UsageError(f"{folder / 'checkpoint.pt'} {reason}: start another run with --name") from None
@@ -740,14 +764,14 @@ def train(settings, train_set, val_set, folder, saved):
     while step < steps:
         with take_turn(settings):
             start = time.perf_counter()
-            step, training = train_epoch(model, optimizer, loader, settings, step, steps, report)
+            step, training = train_epoch(model, optimizers, loaders, settings, step, steps, report)
             seconds += time.perf_counter() - start
             tta = settings.tta and step == steps  # it takes time, so only at the end
             validation = evaluate(model, *val_set, settings.precision, tta)
         if not math.isfinite(validation["val_loss"]):  # do not overwrite a good checkpoint
             raise FloatingPointError(f"the validation loss is not finite: try a --lr below {settings.lr:g}")
 
-        now = {"epoch": step / len(loader), "step": step}
+        now = {"epoch": step / length, "step": step}
         points.append(now | {"time": time.time()} | validation)
         rows.append(now | {"train_seconds": seconds} | training | validation)
         state = {  # all that it takes to resume the run or to load its net
@@ -757,7 +781,7 @@ def train(settings, train_set, val_set, folder, saved):
             "points": points,
             "rows": rows,
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "generator": generator.get_state(),
         }
         torch.save(state, buffer := io.BytesIO())
@@ -802,7 +826,7 @@ def main():
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
-        fail(1, "out of memory: close other programs, or train a narrower net (--widths)")
+        fail(1, "out of memory: close other programs, or train narrower nets, or fewer (--widths, --nets)")
     except (data.DataError, FloatingPointError) as problem:
         fail(1, problem)
     except OSError as problem:

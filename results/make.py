@@ -4,177 +4,31 @@
     python results/make.py rates           train for one study only: rates, augmentation, tricks or speed
     python results/make.py none            train nothing, only draw
 
-Every run is a command line of train.py and a row of runs.csv. Delete the row to measure it again. A row whose recipe or
-code has changed since does not count. Pictures of single runs are drawn from their folders in experiments/report/.
+Pictures of single runs are drawn from their folders in experiments/report/.
 """
 
 import argparse
-import csv
-import hashlib
-import io
 import itertools
-import json
-import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import network  # noqa: E402
 import train  # noqa: E402
 import visualize_aug  # noqa: E402
-
-RESULTS = ROOT / "results"
-REPORT = ROOT / "experiments" / "report"
-MEASURED = ("step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_accuracy_tta")
-COSTS = ("whole_seconds", "peak_gib", "gflops")
-COLUMNS = ("run", "seed", "settings", *MEASURED, *COSTS)
-
-# The quick recipe taken apart: each trick adds to those before it. The first trains the same net the baseline's way.
-PLAIN = "--recipe quick --sizes= --label-smoothing 0"
-TRICKS = {
-    "Adam at 1e-3": f"{PLAIN} --no-mirror --no-whiten --optimizer adam --lr 1e-3",
-    "Muon, rate falling to 0": f"{PLAIN} --no-mirror --no-whiten",
-    "whitened stem, identity start": f"{PLAIN} --no-mirror",
-    "mirrored filters": PLAIN,
-    "label smoothing": "--recipe quick --sizes=",
-    "small pictures first: `quick`": "--recipe quick",
-}
-LADDER = {"baseline": "--lr 1e-3"} | {name: f"--recipe {name}" for name in [*train.RECIPES][1:]}
-AUGMENTATIONS = {"none": "--lr 1e-3"} | {name: f"--lr 1e-3 --augment {name}" for name in data.AUGMENTATIONS[1:]}
-RATES = {rate: f"--lr {rate}" for rate in ("1e-3", "1e-4", "1e-5")}
-
-# study: {run, as flags of train.py: number of seeds}. What takes longest comes last.
-STUDIES = {
-    "rates": dict(zip(RATES.values(), (3, 1, 1), strict=True)),
-    "tricks": dict.fromkeys(TRICKS.values(), 10),
-    "augmentation": dict.fromkeys(AUGMENTATIONS.values(), 3),
-    "speed": {run: 3 for run in LADDER.values()} | {LADDER["quick"]: 10},
-}
-
-# Runs a command, and prints its seconds and its peak memory. A process of its own, because the system counts at least
-# the memory of whoever starts a program; make.py has loaded PyTorch, and this has loaded next to nothing.
-STOPWATCH = """
-import resource, subprocess, sys, time
-start = time.perf_counter()
-code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-sys.exit(code)
-"""
-
-
-# --------------------------------------------------------------------------------------------------------- training
-def measure_gflops():
-    """A yardstick between machines: GFLOP/s of the best of six 2048 x 2048 matrix products, in bf16 or fp32."""
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[train.choose_precision("cpu")]
-    matrix = torch.ones(2048, 2048, dtype=dtype)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(seconds) / 1e9
-
-
-def find_folder(run, seed):
-    return REPORT / re.sub(r"[^\w.-]+", "_", f"{run} seed{seed}".replace("--", ""))
-
-
-def fingerprint(settings):
-    """A short text that changes with every setting but the seed and the device, and with the version of the code."""
-    kept = {key: settings[key] for key in train.BASELINE}
-    for key in ("seed", "device", "precision"):
-        del kept[key]
-    text = json.dumps([train.FORMAT, kept])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def is_current(row):
-    """Whether a run would have the same settings today."""
-    return row["settings"] == fingerprint(vars(train.read_settings(shlex.split(row["run"]))))
-
-
-def train_once(run, seed):
-    """Train by that command line, in a process of its own. Returns the row for runs.csv."""
-    folder = find_folder(run, seed)
-    if folder.exists():
-        try:
-            with FileLock(folder / ".lock", timeout=0):
-                shutil.rmtree(folder)
-        except Timeout:
-            sys.exit(f"make.py: {folder} is in use: wait until its run has ended")
-    command = [sys.executable, "train.py", *shlex.split(run), "--seed", str(seed)]
-    command += ["--device", "cpu", "--experiments", str(REPORT), "--name", folder.name]
-    print(f"{run} --seed {seed}", flush=True)
-    before = measure_gflops()
-    stopwatch = [sys.executable, "-c", STOPWATCH]
-    watched = subprocess.run(stopwatch + command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if watched.returncode:
-        sys.exit(f"make.py: failed: {shlex.join(command)}")
-    seconds, peak = map(float, watched.stdout.split())
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes or kibibytes
-    costs = {"whole_seconds": seconds, "peak_gib": peak / unit, "gflops": (before + measure_gflops()) / 2}
-    config = json.loads((folder / "config.json").read_text())
-    with open(folder / "metrics.csv", newline="") as file:
-        measured = list(csv.DictReader(file))[-1]
-    row = {"run": run, "seed": str(seed), "settings": fingerprint(config)}
-    row |= {column: measured.get(column, "") for column in MEASURED}
-    return row | {name: f"{cost:.2f}" for name, cost in costs.items()}
-
-
-def read_rows():
-    """The rows of results/runs.csv whose settings are still those of today."""
-    path = RESULTS / "runs.csv"
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if rows and tuple(rows[0]) != COLUMNS:
-        sys.exit(f"make.py: {path} has other columns than {', '.join(COLUMNS)}: remove it, to train everything again")
-    current = [row for row in rows if is_current(row)]
-    if len(current) < len(rows):
-        print(f"{path.name}: {len(rows) - len(current)} rows of older settings do not count")
-    return current
-
-
-def write_rows(rows):
-    table = csv.DictWriter(text := io.StringIO(), COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    data.write_file(RESULTS / "runs.csv", text.getvalue().encode())
-
-
-def complete(study):
-    """Train the runs of a study that are missing from results/runs.csv; each finished run is added at once."""
-    rows = read_rows()
-    for run, seeds in STUDIES[study].items():
-        for seed in map(str, range(seeds)):
-            if any(row["run"] == run and row["seed"] == seed for row in rows):
-                continue
-            row = train_once(run, seed)
-            rows = [*read_rows(), row]  # by now, another make.py may have added some
-            write_rows(rows)
-            print(f"  {float(row['val_accuracy']):.2%} in {float(row['train_seconds']):.1f} s", flush=True)
+from results import runs  # noqa: E402
+from results.runs import find  # noqa: E402
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
-def find(rows, run, column):
-    """What a column of runs.csv holds for each seed of a run; nothing if the run does not measure it."""
-    texts = [row[column] for row in rows if row["run"] == run]
-    return [float(text) for text in texts] if any(texts) else []
-
-
 def write_spread(values):
     """The mean and, of several, their standard deviation."""
     if len(values) > 1:
@@ -205,10 +59,10 @@ CELLS = {  # column of a table: (column of runs.csv, how to write the values of 
 RESULT = ("runs", "training accuracy", "validation accuracy")
 SPEED = ("lowest", "with test-time augmentation", "seconds", "whole command", "memory")
 TABLES = {  # head of the first column: {its text: run}, the other columns
-    "`--lr`": (RATES, (*RESULT, "training loss", "validation loss")),
-    "`--augment`": (AUGMENTATIONS, RESULT),
-    "`--recipe`": (LADDER, ("runs", "validation accuracy", *SPEED)),
-    "each row adds to the rows above": (TRICKS, ("runs", "validation accuracy", "seconds")),
+    "`--lr`": (runs.RATES, (*RESULT, "training loss", "validation loss")),
+    "`--augment`": (runs.AUGMENTATIONS, RESULT),
+    "`--recipe`": (runs.LADDER, ("runs", "validation accuracy", *SPEED)),
+    "`quick`, trick by trick: each row adds to those above": (runs.TRICKS, ("runs", "validation accuracy", "seconds")),
 }
 
 
@@ -231,7 +85,7 @@ def write_tables(rows):
 
 # --------------------------------------------------------------------------------------------------------- pictures
 def save(figure, name):
-    train.save_picture(figure, RESULTS / name)
+    train.save_picture(figure, runs.RESULTS / name)
     print(f"wrote results/{name}", flush=True)
 
 
@@ -273,7 +127,7 @@ def draw_ladder(rows):
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
     label = {"textcoords": "offset points", "fontsize": 13}
-    for name, run in LADDER.items():
+    for name, run in runs.LADDER.items():
         if accuracies := find(rows, run, "val_accuracy"):
             point = statistics.median(find(rows, run, "train_seconds")), 100 * statistics.mean(accuracies)
             axes.plot(*point, "o", color=train.COLORS[0], markersize=9)
@@ -292,12 +146,15 @@ def draw_ladder(rows):
     save(figure, "ladder.png")
 
 
-def are_there(name, rows, runs):
-    """Whether the folders of these runs, seed 0, are there and finished; if not, lines that say how to make them."""
+def are_there(name, rows, wanted):
+    """Whether the folders of these runs, seed 0, are there and finished; if not, it prints how to make them."""
     complete = True
-    for run in runs:
-        path = find_folder(run, 0) / "checkpoint.pt"
-        done = train.read_checkpoint(path)["rows"][-1]["step"] if path.exists() else 0
+    for run in wanted:
+        path = runs.find_folder(run, 0) / "checkpoint.pt"
+        try:
+            done = train.read_checkpoint(path)["rows"][-1]["step"]
+        except train.UsageError:  # there is none, or one of older code
+            done = 0
         if done not in find(rows, run, "step"):
             complete = False
             command = f"python train.py {run} --experiments experiments/report --name {path.parent.name} --resume"
@@ -307,19 +164,19 @@ def are_there(name, rows, runs):
 
 def draw_rates(rows, curves):
     """Figure 2: the curves at three learning rates, seed 0."""
-    if are_there("figure2.png", rows, RATES.values()):
+    if are_there("figure2.png", rows, runs.RATES.values()):
         named = {}
-        for rate, run in RATES.items():
-            named[f"learning rate {rate}"] = curves[find_folder(run, 0).name]
+        for rate, run in runs.RATES.items():
+            named[f"learning rate {rate}"] = curves[runs.find_folder(run, 0).name]
         save(train.draw_curves(named), "figure2.png")
 
 
 def draw_best(rows, curves):
     """Figure 4: the curves of the best recipe, seed 0, and where training goes on to larger images."""
-    run = LADDER["best"]
+    run = runs.LADDER["best"]
     if are_there("figure4.png", rows, [run]):
         settings = train.read_settings(shlex.split(run))
-        figure = train.draw_curves({run: curves[find_folder(run, 0).name]})
+        figure = train.draw_curves({run: curves[runs.find_folder(run, 0).name]})
         larger = [*settings.sizes, data.SIZE][1:]
         for size, share in zip(larger, settings.sizes.values(), strict=True):
             epoch = share * settings.epochs
@@ -331,11 +188,11 @@ def draw_best(rows, curves):
 
 def draw_mistakes(rows):
     """Figure 5: what the best recipe, seed 0, takes for what in the test images, and its surest mistakes."""
-    run = LADDER["best"]
+    run = runs.LADDER["best"]
     if not are_there("figure5.png", rows, [run]):
         return
-    images, labels = data.load_cifar10(ROOT / "datasets")[1]
-    model = train.load(find_folder(run, 0))
+    images, labels = data.load_cifar10(runs.ROOT / "datasets")[1]
+    model = train.load(runs.find_folder(run, 0))
     certainty, answers = train.predict(model, images, "fp32").softmax(1).max(1)
     figure = Figure(figsize=(7.2, 11.5), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(6.2, 5.3))
@@ -368,24 +225,26 @@ def draw_mistakes(rows):
 def main():
     data.prepare_script()
     parser = argparse.ArgumentParser(description="Make every table and picture of README again.")
-    parser.add_argument("study", nargs="?", choices=[*STUDIES, "none"], help="the study to train for (default: all)")
+    studies = [*runs.STUDIES, "none"]
+    parser.add_argument("study", nargs="?", choices=studies, help="the study to train for (default: all)")
     study = parser.parse_args().study
     if study != "none":
         if sys.platform == "win32":
             sys.exit("make.py: it cannot measure memory on Windows: train in WSL, or only draw with `none`")
-        for name in STUDIES:
+        for name in runs.STUDIES:
             if study in (None, name):
-                complete(name)
-    rows = read_rows()
+                runs.complete(name)
+    rows = runs.read_rows()
     tables = write_tables(rows)
-    data.write_file(RESULTS / "tables.md", tables.encode())
+    data.write_file(runs.RESULTS / "tables.md", tables.encode())
     print(tables)
-    printed = subprocess.check_output([sys.executable, "bn.py"], cwd=ROOT)
-    data.write_file(RESULTS / "figure1.txt", printed)
+    printed = subprocess.check_output([sys.executable, "bn.py"], cwd=runs.ROOT)
+    data.write_file(runs.RESULTS / "figure1.txt", printed)
     draw_network()
-    save(visualize_aug.draw(visualize_aug.read(ROOT / "Lenna.png")), "figure3.jpg")  # as JPEG, a fraction of the bytes
+    lenna = visualize_aug.read(runs.ROOT / "Lenna.png")
+    save(visualize_aug.draw(lenna), "figure3.jpg")  # as JPEG, a fraction of the bytes
     draw_ladder(rows)
-    curves = train.read_curves(REPORT)
+    curves = train.read_curves(runs.REPORT)
     draw_rates(rows, curves)
     draw_best(rows, curves)
     draw_mistakes(rows)

@@ -3,8 +3,8 @@
     python tests/bench.py            what needs no training, in a few minutes
     python tests/bench.py --train    also what the recipes cost, after `python results/make.py speed`
 
-That is told in numbers that travel between machines: in scaled seconds, those of a machine whose best matrix product
-runs at 850 GFLOP/s, and in units of 0.29 PFLOP, the arithmetic of airbench94, K. Jordan's speed-run to 94%.
+These costs are comparable between machines: scaled seconds are those of a machine whose best matrix product runs at 850
+GFLOP/s, and a unit is 0.29 PFLOP, the arithmetic of airbench94, K. Jordan's speed-run to 94%.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import bn  # noqa: E402
 import data  # noqa: E402
 import loss  # noqa: E402
 import train  # noqa: E402
-from results import make  # noqa: E402
+from results import runs  # noqa: E402
 
 
 def seconds(function):
@@ -164,7 +164,7 @@ def main():
     threads = torch.get_num_threads()
     print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")
     print(f"Python {platform.python_version()}, PyTorch {torch.__version__}, NumPy {np.__version__}")
-    print(f"matrix product: {make.measure_gflops():.0f} GFLOP/s, precision {train.choose_precision('cpu')}\n")
+    print(f"matrix product: {runs.measure_gflops():.0f} GFLOP/s, precision {train.choose_precision('cpu')}\n")
 
     print("batch norm, forward + backward, float32, one thread: time of bn.BatchNorm / torch.nn.BatchNorm1d")
     torch.set_num_threads(1)
@@ -188,10 +188,10 @@ def main():
         print(
             "training: median seconds * GFLOP/s of the matrix product, over 850 GFLOP/s (scaled) and 0.29 PFLOP (units)"
         )
-        make.complete("speed")
-        rows = make.read_rows()
-        for name, run in make.LADDER.items():
-            pairs = zip(make.find(rows, run, "train_seconds"), make.find(rows, run, "gflops"), strict=True)
+        runs.complete("speed")
+        rows = runs.read_rows()
+        for name, run in runs.LADDER.items():
+            pairs = zip(runs.find(rows, run, "train_seconds"), runs.find(rows, run, "gflops"), strict=True)
             work = statistics.median(seconds * gflops for seconds, gflops in pairs)
             print(f"  {name:24} {work / 850:6.1f} s   {work / 290e3:5.2f} units")
 

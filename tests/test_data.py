@@ -387,13 +387,14 @@ def test_crop_square_returns_the_middle_square(height, width, top, left):
     assert torch.equal(data.crop_square(images), images[:, :, top : top + 4, left : left + 4])
 
 
-def test_views_give_half_the_weight_to_the_image_and_half_to_its_shifted_copies():
+def test_views_weigh_the_image_twice_as_much_as_each_of_its_eight_shifted_copies():
     image = torch.rand(1, 3, 32, 32)
     views, weights = zip(*data.views(image), strict=True)
-    assert weights == (0.5, 0.125, 0.125, 0.125, 0.125)
+    assert weights == (0.1, 0.1, 0.1, 0.1, 0.2, 0.1, 0.1, 0.1, 0.1)
     padded = np.pad(image, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
-    shifted = [padded[..., rows, columns] for rows in (np.s_[:32], np.s_[2:]) for columns in (np.s_[:32], np.s_[2:])]
-    assert all(map(np.array_equal, views, (image.numpy(), *shifted)))
+    starts = (np.s_[:32], np.s_[1:33], np.s_[2:])
+    shifted = [padded[..., rows, columns] for rows in starts for columns in starts]
+    assert all(map(np.array_equal, views, shifted)) and np.array_equal(views[4], image)
 
 
 def test_augmentations_return_tensors_on_the_device_of_the_images():

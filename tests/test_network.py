@@ -57,25 +57,6 @@ def test_shapes_match_the_docstring_and_every_parameter_learns():
     assert sum(parameter.numel() for parameter in model.parameters()) == stem + groups + head == 295_106
 
 
-@pytest.mark.parametrize("widths, deep, third", [
-    ((8, 12, 16), 0, []),
-    ((8, 12, 16), 1, [16]),
-    ((8, 12, 16), 2, [12, 16]),
-    ((8, 12), 3, [8, 12]),
-])  # fmt: skip
-def test_deep_adds_a_residual_third_convolution_to_the_last_groups(widths, deep, third):
-    model, images = net(widths=widths, deep=deep), noise(4, 3, 32, 32)
-    maps = F.silu(model.stem(images))
-    assert [len(group) == 8 for group in model.groups] == [width in third for width in widths]
-    for group in model.groups:
-        maps = group[:7](maps)
-        if len(group) == 8:
-            found = F.conv2d(maps, group[7].conv.weight, padding=1)
-            maps = maps + F.silu(F.batch_norm(found, None, None, training=True))
-    torch.testing.assert_close(model(images), model.head(maps.amax((2, 3))))
-    assert len(model.filters()) == 2 * len(widths) + len(third)
-
-
 @pytest.mark.parametrize("widths", [(32, 64, 128), (8, 8, 8), (5, 12), (4,)])
 def test_eval_logits_do_not_depend_on_the_rest_of_the_batch(widths):
     model = net(widths=widths).double()
@@ -103,7 +84,8 @@ def test_whitened_stem_decorrelates(contrast):
     np.testing.assert_allclose(cov, np.diag(np.diag(cov)), atol=2e-3)
     torch.testing.assert_close(not_even - 0.8, 0.8 - even, rtol=0, atol=1e-5)
     torch.testing.assert_close(not_odd - 0.8, 0.8 - odd, rtol=0, atol=1e-5)
-    torch.testing.assert_close(model.stem(images.flip(3))[:, [0, 3, 2, 1]], outputs.flip(3)[:, :4], rtol=0, atol=2e-3)
+    swapped = network.mirror_channels(model.stem(images.flip(3)), 1)
+    torch.testing.assert_close(swapped, outputs.flip(3), rtol=0, atol=1e-5)
 
 
 def test_symmetrized_filters_mirror_their_output_when_the_image_is_mirrored():
@@ -137,7 +119,7 @@ def step_three_times(model, optimizer, size):
 
 def trained_net(mirror, size=32, optimizer="muon"):
     """A whitened net after three steps."""
-    model = net(widths=(24, 32, 20), mirror=mirror, deep=2)
+    model = net(widths=(24, 32, 20), mirror=mirror)
     model.whiten(correlated(20))
     if optimizer == "muon":
         model.prepare_for_muon()
@@ -173,6 +155,13 @@ def test_a_mirror_net_gives_mirror_images_the_same_logits_at_every_size_of_the_r
     assert logits.std(0).min() > 0.01
     difference = (model(images.flip(3)) - logits).abs().max() / logits.std()
     assert (difference < 1e-3) if exact else (difference > 1e-2)
+
+
+def test_an_ensemble_averages_the_logits_of_its_nets():
+    nets, images = [net(), net()], noise(4, 3, 32, 32)
+    torch.nn.init.normal_(nets[1].head.weight)
+    expected = (nets[0](images) + nets[1](images)) / 2
+    torch.testing.assert_close(network.Ensemble(nets)(images), expected)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 30), (30, 5)])

@@ -35,6 +35,7 @@ from filelock import FileLock
 from PIL import Image
 
 import data
+import network
 import train
 import visualize_aug
 from loss import CrossEntropyLoss
@@ -56,7 +57,7 @@ def results(folder):
     metrics = [{key: value for key, value in row.items() if key != "train_seconds"} for row in rows(folder)]
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     points = [{key: value for key, value in point.items() if key != "time"} for point in checkpoint["points"]]
-    saved = [checkpoint[key] for key in ("model", "optimizer", "generator")]
+    saved = [checkpoint[key] for key in ("model", "optimizers", "generator")]
     return metrics, points, json.dumps(saved, default=torch.Tensor.tolist)
 
 
@@ -84,12 +85,13 @@ def settings_of(*flags):
     return train.read_settings([*flags, "--precision", "fp32"])
 
 
-@pytest.mark.parametrize("recipe", train.RECIPES)
+@pytest.mark.parametrize("recipe", ["baseline", "quick", "coffee", "lunch", "dinner"])  # best is dinner three times
 def test_training_fits_ten_images_perfectly(recipe):
     images, labels = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8, generator=seeded()), torch.arange(10)
     inputs = data.normalize(data.to_float(images))
     settings = settings_of("--recipe", recipe, "--widths", "16,16,16", "--batch-size", "10")
     settings.lr /= 2
+    torch.manual_seed(0)
     model, optimizer = train.build(settings, inputs)
     for _ in range(100):
         train.train_step(model, optimizer, CrossEntropyLoss(), inputs, labels, "fp32")
@@ -101,6 +103,7 @@ def half_trained():
     """A net that no longer says the same of all images, and 260 images with labels."""
     images = torch.randint(256, (260, 3, 32, 32), dtype=torch.uint8, generator=seeded())
     labels, inputs = torch.randint(10, (260,), generator=seeded()), data.normalize(data.to_float(images))
+    torch.manual_seed(0)
     model, optimizer = train.build(settings_of("--lr", "1e-2", "--widths", "8,8,8"), inputs)
     for _ in range(40):
         train.train_step(model, optimizer, CrossEntropyLoss(), inputs[:40], labels[:40], "fp32")
@@ -145,7 +148,7 @@ def test_muon_rate_falls_to_zero_and_images_grow(tiny, tmp_path, before):
 
     seen = []
     before(train, "train_step", look)
-    flags = "--recipe best --epochs 1.5 --lr 0.8 --name run --sizes 16:0.5,24:0.75"
+    flags = "--recipe dinner --epochs 1.5 --lr 0.8 --name run --sizes 16:0.5,24:0.75"
     assert tiny(*flags.split()).returncode == 0
     # 40 images in batches of 16 are 3 steps per epoch, so 4 in all
     rates, sizes = [pytest.approx(0.8 * (1 - step / 4)) for step in range(4)], (16, 16, 24, 32)
@@ -171,7 +174,9 @@ def test_a_curve_point_is_the_mean_since_the_last_point(monkeypatch, first, step
     monkeypatch.setattr(train, "train_step", step)
     loader = data.Loader(images, labels, 2, "none", seeded())  # 49 steps per epoch
     points = []
-    step, means = train.train_epoch(None, FakeOptimizer(), loader, settings_of(), first, steps, points.append)
+    model = network.Ensemble([torch.nn.Identity()])
+    given = model, [FakeOptimizer()], [loader], settings_of(), first, steps, points.append
+    step, means = train.train_epoch(*given)
     assert [point["step"] for point in points] == ends and step == ends[-1]
     own, start = torch.cat(done), 0
     losses = torch.nn.functional.cross_entropy(logits[: len(own)].double(), own, reduction="none")
@@ -234,6 +239,32 @@ def test_seed_changes_the_order_of_the_images(tiny, monkeypatch):
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
+def test_each_net_of_an_ensemble_learns_each_image_in_an_order_of_its_own(tiny, tmp_path, monkeypatch):
+    steps, builds = record(monkeypatch, "train_step"), record(monkeypatch, "build")
+    assert tiny("--epochs", 1, "--nets", 2, "--name", "run").returncode == 0
+    orders = []
+    for turn, (_, pair) in enumerate(builds):
+        own = steps[turn::2]
+        assert all(given[:2] == pair for given, _ in own)  # the net and its optimizer
+        orders.append(torch.cat([given[4] for given, _ in own]))
+    labels = load_tiny(None)[0][1]
+    assert all(torch.equal(order.sort().values, labels.sort().values) for order in orders)
+    assert not torch.equal(*orders)
+    right = torch.cat([logits.argmax(1) == given[4] for given, (logits, _) in steps])
+    (row,) = rows(tmp_path / "experiments/run")
+    assert float(row["train_accuracy"]) == pytest.approx(right.double().mean().item())
+    result = train.evaluate(train.load(tmp_path / "experiments/run"), *load_tiny(None)[1], "fp32")
+    assert result["val_loss"] == pytest.approx(float(row["val_loss"]), rel=1e-5)
+
+
+def test_nets_of_an_ensemble_start_from_different_weights(tiny, monkeypatch, before):
+    builds = record(monkeypatch, "build")
+    before(train, "train_step", raising(KeyboardInterrupt()))
+    assert tiny("--nets", 2).returncode == 130
+    one, other = (net.groups[0][0].weight for _, (net, _) in builds)
+    assert not torch.equal(one, other)
+
+
 def test_train_seconds_exclude_validation(tiny, tmp_path, monkeypatch, before):
     clock = [0]
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
@@ -266,16 +297,17 @@ def test_held_out_validates_on_the_last_training_images_and_trains_on_the_rest(t
 
 # ---------------------------------------------------------------------------------------------------------- settings
 def test_every_setting_has_a_flag_and_is_in_name_config_and_events(tiny, tmp_path):
-    flags = "--epochs 1 --lr 0.1 --widths 8,12 --optimizer muon --mirror --whiten --sizes 16:0.2,24:0.6 --tta"
+    flags = "--epochs 1 --lr 0.1 --widths 8,12 --optimizer muon --mirror --whiten --sizes 16:0.2,24:0.6 --nets 2 --tta"
     flags = (*flags.split(), "--label-smoothing", "0.1")
     assert tiny(*flags).returncode == 0
     folder = next((tmp_path / "experiments").glob("*/checkpoint.pt")).parent
     assert folder.name == (
-        "baseline-lr0.1-none-epochs=1-widths=8,12-sizes=16,0.2,24,0.6-whiten-mirror-optimizer=muon-label-smoothing=0.1-tta-seed0"
+        "baseline-lr0.1-none-epochs=1-widths=8,12-nets=2-sizes=16,0.2,24,0.6-whiten-mirror-optimizer=muon-label-smoothing=0.1-tta-seed0"
     )
-    expected = {"widths": [8, 12], "optimizer": "muon", "sizes": {"16": 0.2, "24": 0.6}, "label_smoothing": 0.1}
+    expected = {"widths": [8, 12], "nets": 2, "optimizer": "muon", "label_smoothing": 0.1}
+    expected["sizes"] = {"16": 0.2, "24": 0.6}
     assert config(folder).items() >= expected.items()
-    assert train.load(folder).head.weight.shape == (10, 12)
+    assert [net.head.weight.shape for net in train.load(folder).nets] == [(10, 12), (10, 12)]
     events = b"".join(path.read_bytes() for path in folder.glob("events.*"))
     assert b"label_smoothing" in events and b"16:0.2,24:0.6" in events
     assert "is finished" in tiny(*flags, "--resume").stdout  # what it holds was read the same
@@ -329,9 +361,10 @@ def test_help_shows_each_flag_with_the_recipes_value(tiny, recipe):
 
 
 # ----------------------------------------------------------------------------------------------- net, device, precision
-def build(*flags, seed=3):
+def build(*flags):
     images = torch.randn(20, 3, 12, 12, generator=seeded())
-    return train.build(settings_of("--widths", "24,32,20", "--seed", str(seed), *flags), images)
+    torch.manual_seed(3)
+    return train.build(settings_of("--widths", "24,32,20", *flags), images)
 
 
 def test_the_baseline_trains_a_random_net_with_adam():
@@ -341,8 +374,12 @@ def test_the_baseline_trains_a_random_net_with_adam():
     assert model.stem.weight.is_contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
 
 
-def test_seed_changes_the_initial_weights():
-    weights, same, other = (build(seed=seed)[0].groups[0][0].weight for seed in (0, 0, 1))
+def test_seed_changes_the_initial_weights(tiny, monkeypatch, before):
+    builds = record(monkeypatch, "build")
+    before(train, "train_step", raising(KeyboardInterrupt()))
+    for seed in (0, 0, 1):
+        assert tiny("--epochs", 1, "--seed", seed).returncode == 130
+    weights, same, other = (net.groups[0][0].weight for _, (net, _) in builds)
     assert torch.equal(weights, same) and not torch.equal(weights, other)
 
 
@@ -589,9 +626,7 @@ def test_an_unwritable_table_warns_and_is_written_later(finished, tiny, tmp_path
 
 
 @unix
-def test_events_on_a_full_disk_warn_once_per_epoch_and_are_written_later(
-    finished, tiny, tmp_path, monkeypatch, before
-):
+def test_events_on_a_full_disk_warn_once_per_epoch_and_are_written_later(finished, tiny, tmp_path, monkeypatch, before):
     # what is written waits in memory until it is flushed, and then the disk is full
     place, open_file = tensorboardX.record_writer, tensorboardX.record_writer.open_file
     monkeypatch.setattr(place, "open_file", lambda path: open("/dev/full", "wb"))  # noqa: SIM115
@@ -744,7 +779,8 @@ def run_and_die(tiny, cwd, *flags, kill_at):
 @pytest.mark.parametrize("recipe", ["baseline", "quick"])
 @pytest.mark.usefixtures("finished")  # so that all is imported before processes are forked
 def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, recipe):
-    flags = ("--recipe", recipe, "--augment", "both", "--epochs", 2, "--name", "run", "--resume")
+    nets = 2 if recipe == "baseline" else 1
+    flags = ("--recipe", recipe, "--augment", "both", "--nets", nets, "--epochs", 1.4, "--name", "run", "--resume")
     whole = tmp_path / "whole"
     whole.mkdir()
     boundaries = run_and_die(tiny, whole, *flags, kill_at=0)
@@ -965,8 +1001,8 @@ def test_more_epochs_are_refused_if_the_schedule_depends_on_them(copy, tiny, tmp
 
 @pytest.mark.parametrize("change, says", [
     (lambda saved: saved["settings"].update(device="cuda"), "try --device auto"),
-    (lambda saved: saved["model"].update({"head.bias": torch.zeros(11)}), "does not fit this net and optimizer"),
-    (lambda saved: saved["optimizer"].clear(), "does not fit this net and optimizer"),
+    (lambda saved: saved["model"].update({"nets.0.head.bias": torch.zeros(11)}), "does not fit this net and optimizer"),
+    (lambda saved: saved["optimizers"].clear(), "does not fit this net and optimizer"),
     (lambda saved: saved.update(generator=torch.zeros(3, dtype=torch.uint8)), "does not fit this net and optimizer"),
     (lambda saved: saved.update(format=1), "saved by another version of this code (format 1"),
     (lambda saved: saved.clear(), "is damaged, or no checkpoint"),
@@ -995,7 +1031,7 @@ def test_a_checkpoint_too_large_for_memory_is_not_called_damaged(copy, tiny, bef
 
 def test_an_error_in_the_net_is_not_blamed_on_the_checkpoint(copy, tiny, before):
     copy()
-    before(train.ConvNet, "load_state_dict", raising(TypeError("mine")))
+    before(train.Ensemble, "load_state_dict", raising(TypeError("mine")))
     with pytest.raises(TypeError, match="mine"):
         tiny("--name", "run", "--resume")
 
@@ -1225,7 +1261,8 @@ def test_a_notebook_sees_progress(tiny, monkeypatch):  # and a log does not: of 
 @pytest.mark.real_data
 def test_quick_recipe_gets_75_percent_on_the_real_cifar10(tmp_path):
     command = [sys.executable, SCRIPT, "--recipe", "quick", "--data", SCRIPT.parent / "datasets"]
-    outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    variables = os.environ | {"OMP_NUM_THREADS": "2"}  # the other tests have one thread
+    outcome = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr
     (row,) = rows(next(tmp_path.glob("experiments/*/metrics.csv")).parent)
     assert float(row["val_accuracy"]) >= 0.75
