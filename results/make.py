@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402
-import network  # noqa: E402
-import train  # noqa: E402
-import visualize_aug  # noqa: E402
-from results import runs  # noqa: E402
-from results.runs import find  # noqa: E402
+import data
+import network
+import train
+import visualize_aug
+from results import runs
+from results.runs import find
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
