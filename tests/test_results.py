@@ -35,7 +35,7 @@ train.main()
 
 
 def mean(run, column):
-    return statistics.mean(make.find(ROWS, run, column))
+    return statistics.mean(runs.find(ROWS, run, column))
 
 
 # ------------------------------------------------------------------------------------------------- README's numbers
@@ -68,7 +68,7 @@ def test_readme_quotes_the_last_line_of_the_first_command():
     assert train.describe(row, row["step"]) in README
 
 
-@pytest.mark.parametrize("name, run", [item for item in runs.LADDER.items() if make.find(ROWS, item[1], "seed")])
+@pytest.mark.parametrize("name, run", [item for item in runs.LADDER.items() if runs.find(ROWS, item[1], "seed")])
 def test_help_gives_each_recipes_measured_accuracy_and_seconds(name, run):
     percent, mean_seconds = f"{100 * mean(run, 'val_accuracy'):.1f}", mean(run, "train_seconds")
     text = " ".join(train.make_parser(train.list_settings("baseline")).format_help().split())
@@ -184,7 +184,7 @@ def test_make_refuses_and_keeps_a_runs_csv_with_other_columns(measured):
 def test_make_fails_on_a_missing_value(measured):
     rows = [measured, measured | {"seed": "1", "val_accuracy": ""}]
     with pytest.raises(ValueError, match="could not convert string to float"):
-        make.find(rows, measured["run"], "val_accuracy")
+        runs.find(rows, measured["run"], "val_accuracy")
 
 
 def test_a_table_cell_summarizes_all_seeds():
@@ -205,7 +205,7 @@ def test_a_table_cell_summarizes_all_seeds():
         "whole command": "1",
         "memory": "3.0 GiB",
     }
-    written = {column: write(make.find(rows, "a run", key)) for column, (key, write) in make.CELLS.items()}
+    written = {column: write(runs.find(rows, "a run", key)) for column, (key, write) in make.CELLS.items()}
     assert written == expected
 
 
