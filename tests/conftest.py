@@ -1,8 +1,10 @@
 """What several test files share: a script run inside this process, and train.py on a tiny set in place of CIFAR-10."""
 
 import contextlib
+import csv
 import io
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -62,6 +64,42 @@ def complain(outcome, code):
     assert outcome.returncode == code, outcome
     assert "Traceback" not in outcome.stderr
     return outcome.stderr.strip().splitlines()[-1]
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def results(folder):
+    """What two equal runs must agree in, bit for bit: what was measured but for the times, and all that is saved."""
+    metrics = [{key: value for key, value in row.items() if key != "train_seconds"} for row in rows(folder)]
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    points = [{key: value for key, value in point.items() if key != "time"} for point in checkpoint["points"]]
+    saved = [checkpoint[key] for key in ("model", "optimizers", "generator")]
+    return metrics, points, json.dumps(saved, default=torch.Tensor.tolist)
+
+
+def agree(one, other):
+    return results(one) == results(other)
+
+
+def scalars(folder):
+    """[(tag, step, value)] of a run, read by TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    return sorted((tag, point.step, point.value) for tag in events.Tags()["scalars"] for point in events.Scalars(tag))
+
+
+def list_files(folder):
+    """{path: bytes} of all in a folder, the empty folders too; but the lock file, which some filelocks delete."""
+    paths = [path for path in folder.rglob("*") if path.name != ".lock"]
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def load_tiny(root):

@@ -117,12 +117,10 @@ def call_make(monkeypatch, *arguments):
 @unix
 def test_make_trains_fills_runs_csv_and_draws_every_picture(project, monkeypatch, capsys):
     ballast = b"x" * 2**31  # the memory of make.py itself does not count
-    monkeypatch.setattr(runs, "STUDIES", {"rates": {runs.RATES["1e-3"]: 1, runs.RATES["1e-4"]: 2}})
     call_make(monkeypatch)
     del ballast
     rows = runs.read_rows()
-    first, second = runs.RATES.values()
-    assert [(row["run"], row["seed"]) for row in rows] == [(first, "0"), (second, "0"), (second, "1")]
+    assert [(row["run"], row["seed"]) for row in rows] == [(run, "0") for run in runs.RATES.values()]
     for row in rows:
         folder = runs.find_folder(row["run"], row["seed"])
         checkpoint = train.read_checkpoint(folder / "checkpoint.pt")
@@ -148,19 +146,22 @@ def measured(project):
     return row
 
 
-def test_make_skips_finished_runs(measured, monkeypatch):
+def test_make_trains_only_the_missing_seeds(measured, monkeypatch):
     trained = []
 
     def pretend(run, seed):
         trained.append((run, seed))
-        return measured | {"run": run, "settings": runs.fingerprint(vars(train.read_settings(run.split())))}
+        settings = runs.fingerprint(vars(train.read_settings(run.split())))
+        return measured | {"run": run, "seed": seed, "settings": settings}
 
+    first, second = runs.RATES.values()
+    monkeypatch.setattr(runs, "STUDIES", {"rates": {first: 2, second: 2}})
     monkeypatch.setattr(runs, "train_once", pretend)
     runs.complete("rates")
-    assert trained == [(runs.RATES["1e-4"], "0")]
-    assert [row["run"] for row in runs.read_rows()] == list(runs.RATES.values())
+    assert trained == [(first, "1"), (second, "0"), (second, "1")]
+    assert [(row["run"], row["seed"]) for row in runs.read_rows()] == [(first, "0"), *trained]
     runs.complete("rates")
-    assert len(trained) == 1
+    assert len(trained) == 3
 
 
 def test_make_ignores_rows_of_other_settings_or_formats(measured, monkeypatch):
