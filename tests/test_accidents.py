@@ -39,7 +39,7 @@ import train
 @pytest.mark.parametrize("problem", [
     MemoryError(), torch.cuda.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
 ])  # fmt: skip
-def test_running_out_of_memory_prints_what_helps(tiny, before, problem):
+def test_running_out_of_memory_names_the_settings_to_lower(tiny, before, problem):
     before(train, "evaluate", raising(problem))
     assert "out of memory" in (line := complain(tiny(), 1)) and "--widths" in line
 
@@ -144,7 +144,7 @@ def run_process(cwd, *flags, **variables):
     {"MPLBACKEND": "nonsense", "PYTHONIOENCODING": "ascii"},  # as a notebook and an old terminal hand them on
     {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},  # the name is not even text to Python
 ])  # fmt: skip
-def test_training_works_in_an_odd_environment_with_a_japanese_name(tmp_path, variables):
+def test_a_run_with_a_japanese_name_trains_on_an_ascii_terminal(tmp_path, variables):
     outcome = run_process(tmp_path, "--name", "実験", "--epochs", "1", **variables)
     assert outcome.returncode == 0
     assert b"run experiments/??" in outcome.stdout.replace(b"\\", b"/")
@@ -207,7 +207,7 @@ def test_a_waiting_run_names_the_process_that_trains(turns, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("device, threads", [("cuda", None), ("cpu", "1")])
-def test_runs_on_a_gpu_or_with_omp_num_threads_take_no_turns(turns, monkeypatch, device, threads):
+def test_runs_on_a_gpu_or_with_omp_num_threads_set_take_no_turns(turns, monkeypatch, device, threads):
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     with train.take_turn(SimpleNamespace(device=device)), train.take_turn(SimpleNamespace(device=device)):
@@ -235,6 +235,8 @@ def test_a_notebook_keeps_its_signal_handlers(tiny, monkeypatch):
     assert tiny("--epochs", 1).returncode == 0
 
 
-def test_a_notebook_sees_progress(tiny, monkeypatch):  # and a log does not: of the finished run, stderr is empty
+def test_training_in_a_notebook_shows_progress(
+    tiny, monkeypatch
+):  # and a log does not: of the finished run, stderr is empty
     monkeypatch.setitem(sys.modules, "IPython", sys)
     assert "0/3 [" in tiny("--epochs", 1).stderr

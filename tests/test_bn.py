@@ -63,7 +63,7 @@ def test_gradients_match_finite_differences(shape, seed):
 
 
 @given(shapes, st.sampled_from([1e-42, 1e-3, 1.0, 1e30]), st.sampled_from([0, 1e6]), st.sampled_from([1, 2, 40]), seeds)
-def test_float32_stays_exact_at_any_size_and_offset(shape, spread, offset, repeated, seed):
+def test_float32_stays_accurate_at_any_size_and_offset(shape, spread, offset, repeated, seed):
     rng = np.random.default_rng(seed)
     layer = bn.BatchNorm(shape[1], momentum=1.0)
     layer.gamma, layer.beta = rng.normal(size=(2, shape[1]))
@@ -85,7 +85,7 @@ def test_float32_stays_exact_at_any_size_and_offset(shape, spread, offset, repea
     np.testing.assert_allclose(layer.running_var, tx.var(0).detach(), rtol=1e-8)
 
 
-def test_float64_at_1e8_keeps_its_variance():
+def test_variance_of_float64_rows_near_1e8_is_accurate():
     x = np.random.default_rng(0).normal(size=(5000, 4)) + 1e8
     layer = bn.BatchNorm(4, momentum=1)
     near = torch.tensor(x - 1e8)  # exact
@@ -167,19 +167,19 @@ def test_binary_cross_entropy_is_exact_for_huge_logits(logit, target, loss):
     assert bn.binary_cross_entropy(np.array([logit]), np.array([target])) == pytest.approx(loss, rel=1e-12, abs=0)
 
 
-def test_bn_py_prints_figure1_txt(tmp_path):
+def test_output_of_bn_py_equals_figure1_txt(tmp_path):
     command = [sys.executable, "-W", "error", ROOT / "bn.py"]
     outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (outcome.returncode, outcome.stderr, outcome.stdout) == (0, "", FIGURE)
 
 
-def test_figure1_txt_has_every_loss_printed_in_the_assignment():
+def test_figure1_txt_has_every_loss_shown_in_the_assignment():
     lines = (ROOT / "results" / "figure1_assignment.txt").read_text().splitlines()
     assert len(lines) == 20
     assert [line for line in lines if f"\n{line}" not in f"\n{FIGURE}"] == []  # two of the losses are cut short
 
 
-def test_pytorch_trains_the_mlp_to_the_same_losses_and_validates_at_0_028781():
+def test_pytorchs_batch_norm_gives_the_same_losses_and_validation_loss_0_028781():
     pixels = np.frombuffer(zlib.decompress(base64.b85decode(bn.DIGITS.replace("\n", ""))), dtype=np.uint8)
     images, targets = torch.tensor(pixels.reshape(10, 784) / 255), torch.eye(10, 1, dtype=torch.float64)
     draw = np.random.RandomState(14).randn

@@ -209,7 +209,7 @@ def test_ctrl_c_keeps_the_partial_download(site, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("length", [None, 1000], ids=["whole", "cut short"])
-def test_login_page_in_between_keeps_the_partial_download(site, tmp_path, length):
+def test_a_login_page_instead_of_data_keeps_the_partial_download(site, tmp_path, length):
     (tmp_path / PART).write_bytes(ARCHIVE[:HALF])
     site.respond = lambda handler: handler.answer(b"<html>Please log in</html>", length)
     with pytest.raises(data.DataError):
@@ -374,7 +374,7 @@ def test_loader_rejects_an_unknown_augmentation(augment):
         data.Loader(torch.zeros(4, 3, 4, 4), torch.zeros(4), 2, augment, seeded())
 
 
-def test_to_float_rejects_floats_and_leaves_them_unchanged():
+def test_to_float_raises_on_floats_without_changing_them():
     images, before = data.to_float(NOISE), NOISE / 255
     with pytest.raises(ValueError, match=r"whole numbers from 0 to 255, got torch\.float32"):
         data.to_float(images)
@@ -444,7 +444,7 @@ def test_same_generator_and_epoch_give_the_same_batches(augment):
 
 
 @pytest.mark.parametrize("augment", data.AUGMENTATIONS)
-def test_augment_setting_selects_position_and_color(augment):
+def test_augment_setting_chooses_which_augmentations_run(augment):
     images = torch.full((100, 3, 8, 8), 50, dtype=torch.uint8)
     images[..., :2] = 100  # a bright bar
     ((batch, _),) = data.Loader(images, torch.zeros(100), 100, augment, seeded())

@@ -46,7 +46,7 @@ def test_metrics_csv_has_a_row_per_epoch_with_means_over_all_images(finished):
             assert sum(size * point[metric] for size, point in parts) / 40 == pytest.approx(float(row[metric]))
 
 
-def test_tensorboard_events_have_every_point_and_validation(finished):
+def test_tensorboard_events_have_every_training_and_validation_value(finished):
     points = torch.load(finished / "checkpoint.pt", weights_only=True)["points"]
     training = [point for point in points if "train_loss" in point]
     logged = [("learning_rate/train", step, 1e-3) for step in range(1, 10)]
@@ -175,7 +175,9 @@ def test_a_new_folder_gets_the_highest_number_even_if_a_lower_one_is_free(copy, 
     ("replace", errno.EACCES, [1, 2], 0, b"old"),  # Windows, while another program has the file open
     ("replace", errno.EACCES, [1, 2], 60, b"new"),
 ])  # fmt: skip
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, before, call, error, calls, patience, written):
+def test_a_failed_write_keeps_the_files_old_content(
+    tmp_path, monkeypatch, before, call, error, calls, patience, written
+):
     data.write_file(path := tmp_path / "file", b"old")
     before(os, call, raising(OSError(error, os.strerror(error))), calls)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -191,7 +193,7 @@ def list_complaints(outcome):
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "config.json"])
-def test_an_unwritable_table_warns_and_is_written_later(finished, tiny, tmp_path, before, name):
+def test_an_unwritable_metrics_csv_or_config_json_warns_and_is_written_later(finished, tiny, tmp_path, before, name):
     folder = tmp_path / "experiments/run"
     (folder / name).mkdir(parents=True)
     before(train, "evaluate", lambda *_: (folder / name).rmdir(), [2])
@@ -202,7 +204,7 @@ def test_an_unwritable_table_warns_and_is_written_later(finished, tiny, tmp_path
 
 
 @unix
-def test_events_on_a_full_disk_warn_once_per_epoch_and_are_written_later(finished, tiny, tmp_path, monkeypatch, before):
+def test_a_full_disk_warns_once_per_epoch_and_events_are_written_later(finished, tiny, tmp_path, monkeypatch, before):
     # what is written waits in memory until it is flushed, and then the disk is full
     place, open_file = tensorboardX.record_writer, tensorboardX.record_writer.open_file
     monkeypatch.setattr(place, "open_file", lambda path: open("/dev/full", "wb"))  # noqa: SIM115

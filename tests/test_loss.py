@@ -57,7 +57,7 @@ def test_probability_targets_give_pytorchs_loss_and_gradients(shape, options, we
     compare(logits, targets, weight=weight if weighted else None, ignore_index=ignore_index, **options)
 
 
-def test_a_minus_infinity_logit_leaves_other_classes_right():
+def test_a_minus_infinity_logit_leaves_the_loss_of_other_classes_right():
     compare(torch.tensor([[1.0, -math.inf, 2.0]], dtype=torch.float64), torch.tensor([2]))
 
 
@@ -140,6 +140,6 @@ def test_loss_calls_no_built_in_loss_and_never_waits_for_a_gpu(targets, argument
         (LOGITS, CLASSES, {"label_smoothing": -0.1}, "label_smoothing.*-0.1"),
     ],
 )
-def test_error_names_the_bad_argument(logits, targets, arguments, says):
+def test_every_bad_argument_raises_an_error_that_names_it(logits, targets, arguments, says):
     with pytest.raises(ValueError, match=says):
         CrossEntropyLoss(**arguments)(logits, targets)

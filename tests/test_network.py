@@ -34,7 +34,7 @@ def covariance(outputs):  # (N, C, H, W) -> (C, C)
     return np.cov(outputs.detach().double().transpose(0, 1).flatten(1))
 
 
-def test_shapes_match_the_docstring_and_every_parameter_learns():
+def test_shapes_match_the_docstring_and_every_parameter_gets_a_gradient():
     model, images = net(), noise(4, 3, 32, 32)
     x = F.silu(F.conv2d(images, model.stem.weight, model.stem.bias))
     shapes = [x.shape[1:]]
@@ -69,7 +69,7 @@ def test_eval_logits_do_not_depend_on_the_rest_of_the_batch(widths):
 
 
 @pytest.mark.parametrize("contrast", [1, 0.01])  # little contrast is amplified less
-def test_whitened_stem_decorrelates(contrast):
+def test_outputs_of_the_whitened_stem_are_uncorrelated(contrast):
     model, images = net(), contrast * correlated(200)
     model.whiten(images)
     images = torch.cat([images, images.flip(3)])  # it takes mirror images for just as likely
@@ -145,7 +145,7 @@ SIZES = sorted({data.SIZE, 40, *(size for recipe in train.RECIPES.values() for s
 @pytest.mark.parametrize(
     "size, mirror, exact", [(22, True, False), (32, False, False), *((s, True, True) for s in SIZES)]
 )
-def test_a_mirror_net_gives_mirror_images_the_same_logits_at_every_size_of_the_recipes(size, mirror, exact):
+def test_a_mirrored_net_gives_mirror_images_the_same_logits_at_every_size_in_recipes(size, mirror, exact):
     model, images = trained_net(mirror, size).double(), noise(6, 3, size, size).double()
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
@@ -176,7 +176,7 @@ def test_orthogonalize_keeps_singular_vectors_and_equalizes_singular_values(shap
     assert not network.orthogonalize(0 * matrix).any()
 
 
-def test_muon_orthogonalizes_the_nesterov_gradient_of_filters_at_a_fixed_norm():
+def test_muon_keeps_the_norm_of_filters_and_orthogonalizes_their_nesterov_gradient():
     filters = noise(4, 3, 3, 3).requires_grad_()
     optimizer = network.Muon([filters], lr=0.1, batch_size=20)
     velocity = torch.zeros(4, 27)

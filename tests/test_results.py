@@ -78,7 +78,7 @@ def test_help_gives_each_recipes_measured_accuracy_and_seconds(name, run):
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
-def test_readme_names_every_result_and_none_is_large(path):
+def test_readme_mentions_every_results_file_and_all_are_small(path):
     assert f"results/{path.name}" in README
     assert path.stat().st_size < 300_000
 
@@ -115,7 +115,7 @@ def call_make(monkeypatch, *arguments):
 
 
 @unix
-def test_make_trains_fills_runs_csv_and_draws_every_picture(project, monkeypatch, capsys):
+def test_make_trains_then_fills_runs_csv_and_draws_every_picture(project, monkeypatch, capsys):
     ballast = b"x" * 2**31  # the memory of make.py itself does not count
     call_make(monkeypatch)
     del ballast
@@ -173,7 +173,7 @@ def test_make_ignores_rows_of_other_settings_or_formats(measured, monkeypatch):
     assert not runs.is_current(measured)
 
 
-def test_make_refuses_and_keeps_a_runs_csv_with_other_columns(measured):
+def test_make_rejects_a_runs_csv_with_other_columns_and_leaves_it_unchanged(measured):
     path = runs.RESULTS / "runs.csv"
     before = path.read_text().replace("peak_gib", "memory")
     path.write_text(before)
@@ -182,13 +182,13 @@ def test_make_refuses_and_keeps_a_runs_csv_with_other_columns(measured):
     assert path.read_text() == before
 
 
-def test_make_fails_on_a_missing_value(measured):
+def test_make_fails_on_a_row_without_a_value(measured):
     rows = [measured, measured | {"seed": "1", "val_accuracy": ""}]
     with pytest.raises(ValueError, match="could not convert string to float"):
         runs.find(rows, measured["run"], "val_accuracy")
 
 
-def test_a_table_cell_summarizes_all_seeds():
+def test_a_table_cell_shows_mean_and_spread_over_seeds():
     rows = []
     for seed, accuracy in enumerate(("0.5", "0.6", "0.7")):
         row = dict.fromkeys(runs.COLUMNS, accuracy) | {"run": "a run", "seed": str(seed), "train_accuracy": "0.9"}
@@ -210,7 +210,7 @@ def test_a_table_cell_summarizes_all_seeds():
     assert written == expected
 
 
-def test_make_prints_the_commands_for_a_figures_missing_runs(project, capsys):
+def test_make_prints_the_commands_of_runs_that_a_figure_lacks(project, capsys):
     make.draw_rates([], {})
     lines = capsys.readouterr().out.splitlines()
     for line, run in zip(lines, runs.RATES.values(), strict=True):
@@ -333,7 +333,7 @@ def test_a_new_recipe_needs_only_an_entry_in_recipes(changed):
     assert (config["recipe"], config["batch_size"], config["augment"]) == ("mine", 20, "gray")
 
 
-def test_raising_format_refuses_old_checkpoints(changed):
+def test_after_raising_format_old_checkpoints_are_refused(changed):
     saved = torch.load(changed[0] / "experiments/new/checkpoint.pt", weights_only=True)
     assert "nets.0.head.bias" not in saved["model"] and saved["format"] == train.FORMAT + 1
     outcome = call(changed[0], "--name", "old", "--resume")

@@ -123,7 +123,7 @@ def test_temporary_files_of_killed_runs_are_removed(copy, tiny):
 
 
 @pytest.mark.parametrize("flags", ["--batch-size 8 --epochs 1", "--epochs 1", "--held-out 10", "--precision fp32"])
-def test_resume_never_continues_a_run_with_different_settings(tiny, tmp_path, flags):
+def test_resume_starts_a_new_run_if_the_settings_differ(tiny, tmp_path, flags):
     assert tiny(*flags.split()).returncode == 0
     outcome = tiny("--resume")
     assert "starts" in outcome.stdout and len([*tmp_path.glob("experiments/*/metrics.csv")]) == 2
@@ -136,7 +136,7 @@ def test_resume_continues_the_highest_number_whatever_the_dates(finished, copy, 
     assert f"{name}-10 on" in tiny("--epochs", 3, "--resume").stdout
 
 
-def test_resume_prefers_the_newest_run_even_without_a_checkpoint(tiny, before):
+def test_resume_restarts_the_newest_run_if_it_has_no_checkpoint(tiny, before):
     assert tiny("--epochs", 1).returncode == 0
     before(train, "train_step", raising(KeyboardInterrupt()), [2])
     assert tiny("--epochs", 1).returncode == 130
@@ -227,7 +227,7 @@ def test_resume_gives_settings_missing_in_old_runs_their_default(copy, tiny):
     assert "is finished" in tiny("--name", "run", "--resume").stdout
 
 
-def test_more_epochs_continue_after_test_time_augmentation(tiny, tmp_path):
+def test_a_run_finished_with_tta_can_be_trained_longer(tiny, tmp_path):
     assert tiny("--epochs", 1, "--tta", "--name", "run").returncode == 0
     assert tiny("--epochs", 3, "--name", "run", "--resume").returncode == 0
     assert [row["val_accuracy_tta"] != "" for row in rows(tmp_path / "experiments/run")] == [True, False, True]
@@ -260,7 +260,7 @@ def test_a_checkpoint_of_another_net_is_refused_with_the_reason(copy, tiny, tmp_
     assert list_files(tmp_path) == before
 
 
-def test_a_checkpoint_without_read_permission_is_not_called_damaged(copy, tiny, before):
+def test_an_unreadable_checkpoint_prints_permission_denied_not_damaged(copy, tiny, before):
     copy()
     before(Path, "read_bytes", raising(PermissionError(13, "Permission denied", "checkpoint.pt")))
     line = complain(tiny("--name", "run", "--resume"), 1)
@@ -268,14 +268,14 @@ def test_a_checkpoint_without_read_permission_is_not_called_damaged(copy, tiny, 
 
 
 @pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_a_checkpoint_too_large_for_memory_is_not_called_damaged(copy, tiny, before, problem):
+def test_a_checkpoint_too_large_for_memory_prints_out_of_memory_not_damaged(copy, tiny, before, problem):
     copy()
     before(torch, "load", raising(problem))
     line = complain(tiny("--name", "run", "--resume"), 1)
     assert "out of memory" in line and "damaged" not in line
 
 
-def test_an_error_in_the_net_is_not_blamed_on_the_checkpoint(copy, tiny, before):
+def test_an_error_in_the_net_keeps_its_own_traceback(copy, tiny, before):
     copy()
     before(train.Ensemble, "load_state_dict", raising(TypeError("mine")))
     with pytest.raises(TypeError, match="mine"):
@@ -306,7 +306,7 @@ class Malicious:
         return Path.touch, (Path("executed"),)
 
 
-def test_a_checkpoint_with_code_is_refused_and_never_runs_it(copy, monkeypatch, tmp_path):
+def test_a_checkpoint_with_code_is_refused_without_running_the_code(copy, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     folder = copy(lambda saved: saved.update(extra=Malicious()))
     with pytest.raises(train.UsageError):

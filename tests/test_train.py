@@ -56,7 +56,7 @@ def test_evaluate_returns_means_over_all_images_in_evaluation_mode(half_trained)
     assert result["val_accuracy"] == (logits.argmax(1) == labels).double().mean().item()
 
 
-def test_test_time_augmentation_averages_views_for_the_least_certain_quarter(half_trained):
+def test_test_time_augmentation_averages_views_of_the_least_certain_quarter_of_images(half_trained):
     model, images, labels = half_trained
     result = train.evaluate(model, images, labels, "fp32", tta=True)
     inputs = data.normalize(data.to_float(images))
@@ -97,7 +97,7 @@ def test_muon_rate_falls_to_zero_and_images_grow(tiny, tmp_path, before):
 
 
 @pytest.mark.parametrize("first, steps, ends", [(0, 1000, [*range(2, 49, 2), 49]), (3, 10, [5, 7, 9, 10])])
-def test_a_curve_point_is_the_mean_since_the_last_point(monkeypatch, first, steps, ends):
+def test_a_curve_point_is_the_mean_over_the_images_since_the_last_point(monkeypatch, first, steps, ends):
     images, labels = torch.zeros(98, 3, 32, 32, dtype=torch.uint8), torch.arange(98) % 10
     logits = 3 * torch.randn(98, 10, generator=seeded())
     done = []  # the labels of each step
@@ -232,7 +232,7 @@ def test_held_out_validates_on_the_last_training_images_and_trains_on_the_rest(t
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
-def test_every_setting_has_a_flag_and_is_in_name_config_and_events(tiny, tmp_path):
+def test_every_setting_has_a_flag_and_appears_in_run_name_config_and_events(tiny, tmp_path):
     flags = "--epochs 1 --lr 0.1 --widths 8,12 --optimizer muon --mirror --whiten --sizes 16:0.2,24:0.6 --nets 2 --tta"
     flags = (*flags.split(), "--label-smoothing", "0.1")
     assert tiny(*flags).returncode == 0
@@ -279,7 +279,7 @@ MISUSE = {  # flags: what the line says
 
 
 @pytest.mark.parametrize("flags, says", MISUSE.items(), ids=lambda text: text[:30])
-def test_misuse_prints_one_line_and_creates_nothing(tiny, tmp_path, flags, says):
+def test_invalid_arguments_print_one_line_and_create_nothing(tiny, tmp_path, flags, says):
     outcome = tiny(*flags.split())
     assert says in complain(outcome, 2)
     assert len(outcome.stderr.strip().splitlines()) <= 2  # argparse's line of usage comes first
@@ -287,7 +287,7 @@ def test_misuse_prints_one_line_and_creates_nothing(tiny, tmp_path, flags, says)
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
-def test_help_shows_each_flag_with_the_recipes_value(tiny, recipe):
+def test_help_shows_each_flag_with_its_value_in_the_chosen_recipe(tiny, recipe):
     text = " ".join(tiny("--recipe", recipe, "--help").stdout.split())
     flags = set(re.findall(r" (--[a-z-]+)", text))
     settings = vars(settings_of("--recipe", recipe))
@@ -303,7 +303,7 @@ def build(*flags):
     return train.build(settings_of("--widths", "24,32,20", *flags), images)
 
 
-def test_the_baseline_trains_a_random_net_with_adam():
+def test_the_baseline_trains_a_randomly_initialized_net_with_adam():
     model, adam = build("--lr", "0.1")
     assert isinstance(adam, torch.optim.Adam) and adam.defaults["lr"] == 0.1
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -319,7 +319,7 @@ def test_seed_changes_the_initial_weights(tiny, monkeypatch, before):
     assert torch.equal(weights, same) and not torch.equal(weights, other)
 
 
-def test_with_whiten_convolutions_start_as_the_identity():
+def test_whiten_makes_convolutions_start_as_the_identity():
     model, _ = build("--whiten")
     (first, second, third), x = (group[0] for group in model.groups), torch.randn(2, 24, 8, 8, generator=seeded())
     assert torch.equal(model.stem.weight[2::4], -model.stem.weight[::4])
@@ -328,7 +328,7 @@ def test_with_whiten_convolutions_start_as_the_identity():
     assert torch.equal(third(second(x)), second(x)[:, :20])
 
 
-def test_with_muon_scales_are_frozen_statistics_fast_and_the_head_small():
+def test_muon_freezes_scales_speeds_up_statistics_and_shrinks_the_head():
     model, muon = build("--optimizer", "muon", "--whiten", "--lr", "0.1", "--batch-size", "20")
     norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

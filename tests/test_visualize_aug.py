@@ -31,7 +31,7 @@ run = functools.partial(run_script, visualize_aug.main)
 
 
 @pytest.mark.parametrize("name", ["1.png", "P.gif", "LA.png", "I;16.png", "F.tiff", "CMYK.jpg"])
-def test_pictures_of_every_kind_can_be_read(name, tmp_path):
+def test_common_file_formats_and_color_modes_can_be_read(name, tmp_path):
     ramp(name.split(".")[0]).save(tmp_path / name)
     images = visualize_aug.read(tmp_path / name)
     assert images.shape == (1, 3, 40, 60) and images.dtype == torch.uint8
@@ -44,7 +44,7 @@ PLAIN = [("RGBA", (200, 0, 0, 0), 255), ("I;16", 40 * 257, 40), ("F", 0, 0), ("F
 
 
 @pytest.mark.parametrize("mode, color, level", PLAIN)
-def test_transparent_pixels_become_white_and_dark_deep_pixels_stay_dark(mode, color, level, tmp_path):
+def test_transparent_pixels_become_white_and_dark_16_bit_pixels_stay_dark(mode, color, level, tmp_path):
     Image.new(mode, (8, 8), color).save(tmp_path / "plain.tiff")
     with np.errstate(all="raise"):
         assert (visualize_aug.read(tmp_path / "plain.tiff") == level).all()
@@ -151,7 +151,7 @@ def test_an_unreadable_picture_prints_one_line(raw, says, tmp_path):
     assert not (tmp_path / "out.png").exists()
 
 
-def test_an_error_in_an_augmentation_is_not_blamed_on_the_picture(tmp_path, monkeypatch):
+def test_an_error_in_an_augmentation_keeps_its_own_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "color", lambda images, generator: images @ 0)
     with pytest.raises(TypeError, match="unsupported operand"):
         run(ROOT / "Lenna.png", "--output", "out.png", cwd=tmp_path)
@@ -180,7 +180,7 @@ def test_a_full_disk_prints_one_line_and_keeps_the_old_picture(tmp_path, monkeyp
     assert [*tmp_path.iterdir()] == [tmp_path / "out.png"] and (tmp_path / "out.png").read_bytes() == b"old"
 
 
-def test_script_runs_from_a_notebook_in_a_terminal_without_unicode(tmp_path):
+def test_a_picture_with_a_japanese_name_is_drawn_on_an_ascii_terminal(tmp_path):
     ramp("RGB").save(tmp_path / "実験.png")
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
     variables = {**os.environ, **ascii_only, "MPLBACKEND": "nonsense"}
