@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def mirror_channels(tensor, dim):
-    """The channels along `dim` in the order of a mirrored image: of each four, the second and the fourth swap."""
+    """The channels along `dim` as mirroring an image reorders them: of each four, the second and the fourth swap."""
     channels = torch.arange(tensor.shape[dim], device=tensor.device)
     order = channels.view(-1, 4)[:, [0, 3, 2, 1]].flatten()
     return tensor.index_select(dim, order)
@@ -19,7 +19,7 @@ def symmetrize(filters):
     """Make filters (outputs, inputs, 3, 3), or their gradients, mirror-symmetric, in place.
 
     Mirror the input of such a convolution and put its channels in the order of `mirror_channels`: then the output is
-    mirrored too, with its channels in that order. So the net learns each image's mirror image as well. The filters
+    mirrored too, with its channels in that order. So the net learns from each image's mirror image as well. The filters
     of two channels that swap are mirror images of each other, once their input channels are swapped as well.
     (T. Cohen and M. Welling, "Group Equivariant Convolutional Networks", 2016, for the group of two elements.)
     """
@@ -94,7 +94,7 @@ class ConvNet(nn.Module):
 
         Neighboring pixels are nearly equal, so a filter sees almost the same number four times. With the patches
         rotated to their principal axes and scaled to equal variance, the net learns faster from the first step on.
-        There are 12 such filters. Photographs are as likely as their mirror images, so 6 filters are symmetric, and
+        The 12 axes are the filters. Photographs are as likely as their mirror images, so 6 filters are symmetric, and
         mirroring changes only the sign of the others. The negatives of all 12 are added, because SiLU drops most of a
         negative output.
 
@@ -167,9 +167,9 @@ class Muon:
     A gradient is mostly a few strong directions. `orthogonalize` makes all directions about equally strong, so the weak
     ones learn too, and training needs far fewer steps than with SGD or Adam. (K. Jordan et al., "Muon: an optimizer for
     hidden layers in neural networks", 2024. The constants here are close to his in the speed-run airbench94.) The
-    filters are kept at a fixed norm, so one rate suits all layers: batch norm undoes the scale of a filter anyway. The
-    biases and the linear layer follow their own gradients (SGD, with a little weight decay), summed over the batch, so
-    that an epoch goes as far in large batches as in small ones.
+    filters are kept at a fixed norm, so one rate suits all layers. (Nothing is lost: batch norm undoes the scale of a
+    filter anyway.) The biases and the linear layer follow their own gradients (SGD, with a little weight decay), summed
+    over the batch, so that an epoch goes as far in large batches as in small ones.
 
     It has no base class, because the first torch.optim optimizer triggers slow imports.
     """

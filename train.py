@@ -70,7 +70,7 @@ BASELINE = {  # setting: (value, what it does)
     "held_out": (0, "for tuning: validate on the last N training images, and train on the others"),
     "seed": (0, "seed of all random numbers: the same seed gives the same run"),
     "device": ("auto", "auto takes a GPU if there is one, else the CPU"),
-    "precision": ("auto", "of the arithmetic: fp32, or bf16, which auto takes where it is faster"),
+    "precision": ("auto", "number format: fp32, or bf16, which auto takes where it is faster"),
 }  # fmt: skip
 FAST = {  # the tricks that all other recipes share
     "lr": 0.2,
@@ -109,7 +109,7 @@ RECIPES = {
     "dinner": DINNER,
     "best": {**DINNER, "nets": 3},
 }
-FORMAT = 8  # of checkpoint.pt: raise it when you change the net, the optimizer or what is saved
+FORMAT = 8  # the version of checkpoint.pt: raise it when you change the net, the optimizer or what is saved
 # Colors that the color-blind tell apart: M. Okabe and K. Ito, "Color Universal Design", 2008
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -155,7 +155,7 @@ def device(text):
     """A kind of device, or "auto"."""
     if text not in ("auto", "cpu", "cuda", "mps"):
         hint = "CUDA_VISIBLE_DEVICES=1 chooses the second of several cards"
-        raise argparse.ArgumentTypeError(f"{text} is none of auto, cpu, cuda and mps ({hint})")
+        raise argparse.ArgumentTypeError(f"{text} is not one of auto, cpu, cuda and mps ({hint})")
     return text
 
 
@@ -214,8 +214,8 @@ def make_parser(settings, add_help=True):
     add = parser.add_argument
     add("--data", default="datasets", help="folder of CIFAR-10, fetched if missing (default: datasets)")
     add("--experiments", default="experiments", help="folder of all runs (default: experiments)")
-    add("--name", help="folder of this run (default: recipe, rate, augmentation, what else differs, and seed)")
-    add("--resume", action="store_true", help="continue the newest run of that name, or start it")
+    add("--name", help="folder of this run (default: recipe, rate, augmentation, other changed settings, and seed)")
+    add("--resume", action="store_true", help="continue the newest run with these settings or this --name, or start it")
     return parser
 
 
@@ -386,18 +386,18 @@ def evaluate(model, images, labels, precision, tta=False):
 
 # ---------------------------------------------------------------------------------------------------- files of a run
 def read_checkpoint(path, any_format=False):
-    """What a run has saved; UsageError if there is nothing, nothing intact, or nothing for this code."""
+    """The contents of a checkpoint; UsageError if it is missing, damaged, or of other code."""
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"no run at {path.parent}: it has no {path.name}") from None
     try:
-        saved = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")  # of a GPU that is not here, maybe
+        saved = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")  # from a GPU that is not here, maybe
         version = saved["format"]
     except Exception as problem:  # torch.load raises many kinds of error
         if is_out_of_memory(problem):
             raise
-        reason = f"{path} is damaged, or no checkpoint ({first_line(problem)})"
+        reason = f"{path} is damaged or not a checkpoint ({first_line(problem)})"
         raise UsageError(f"{reason}: remove its folder, or take another --name") from None
     if version != FORMAT and not any_format:
         reason = f"{path} was saved by another version of this code (format {version}, here {FORMAT})"
@@ -634,9 +634,9 @@ def wait_for(path):
 def take_turn(settings):
     """Hold the CPU for a stretch of training: this user's runs on one machine take turns.
 
-    Side by side they would be several times slower: PyTorch's threads wait for each other, and meanwhile other runs
-    have their cores. Whoever holds `queue` is next, so a run that has just had its turn cannot overtake. Nobody waits
-    on a GPU, with OMP_NUM_THREADS set, or where these locks cannot be had. A killed process lets go of its locks.
+    Side by side they would be several times slower: a run's threads wait for each other while another run uses their
+    cores. Whoever holds `queue` is next, so a run that has just had its turn cannot overtake. A run does not wait if it
+    trains on a GPU, if OMP_NUM_THREADS is set, or if there can be no locks. A killed process lets go of its locks.
     """
     with contextlib.ExitStack() as turn:
         if settings.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -653,9 +653,9 @@ def take_turn(settings):
 def continue_run(settings, saved, folder):
     """The settings of a saved run, updated from the command line; UsageError if the command line contradicts the run.
 
-    With --name, only flags can contradict it; without, the recipe as well, which may have changed since. The command
-    line may change the device, and with it the precision. After whole epochs at a constant rate and image size, no step
-    has depended on the number of epochs, so that may change as well.
+    With --name, only a flag can contradict the run; without, so can a recipe that was edited after the run began. The
+    command line may change the device, and with it the precision. After whole epochs at a constant rate and image size,
+    no step has depended on the number of epochs, so --epochs may change as well.
     """
     stored = list_settings("baseline") | saved["settings"]  # a setting may be newer than the run
     if settings.name:
@@ -673,7 +673,7 @@ def continue_run(settings, saved, folder):
         if given != value and not free.get(key):
             reason = f"{folder} was started with {write_flag(key, value)}, not {write_flag(key, given)}"
             if key == "epochs":
-                reason += " (only whole epochs at a constant rate and image size can be taken further)"
+                reason += " (only a run of whole epochs at a constant rate and image size can go on for more)"
             advice = f"continue it with --name={folder.name} and without that flag, or start a run with another --name"
             raise UsageError(f"{reason}: {advice}")
     return settings
@@ -748,7 +748,7 @@ def train(settings, train_set, val_set, folder, saved):
 
     threads = torch.get_num_threads()
     print(f"run {folder} on {settings.device}, {threads} threads, {settings.precision}: {how}", flush=True)
-    left_overs = [*folder.glob("*.part"), *folder.parent.glob("curves.png.*.part")]  # of killed writers
+    left_overs = [*folder.glob("*.part"), *folder.parent.glob("curves.png.*.part")]  # left by killed runs
     for left_over in left_overs:
         with contextlib.suppress(OSError):
             left_over.unlink()
@@ -792,7 +792,7 @@ def train(settings, train_set, val_set, folder, saved):
 
 
 def describe(row, steps):
-    """What an epoch has measured, as a line."""
+    """An epoch's results, as a line."""
     line = (
         "step {step} of {steps} (epoch {epoch:.3g}): training loss {train_loss:.4f}, accuracy {train_accuracy:.2%}, "
         "validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}, "

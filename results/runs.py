@@ -1,7 +1,7 @@
-"""The runs that README's numbers come from: which there are, how they are trained, and what was measured.
+"""The runs that README's numbers come from: the list of them, how they are trained, and their measurements.
 
-Every run is a command line of train.py and a row of runs.csv. Delete the row to measure it again. A row whose recipe or
-code has changed since does not count. (make.py and tests/bench.py import this.)
+Every run is a command line of train.py and a row of runs.csv. Delete the row to measure it again. A row whose
+settings or train.FORMAT have changed does not count. (make.py and tests/bench.py import this.)
 """
 
 import csv
@@ -43,7 +43,7 @@ LADDER = {"baseline": "--lr 1e-3"} | {name: f"--recipe {name}" for name in [*tra
 AUGMENTATIONS = {"none": "--lr 1e-3"} | {name: f"--lr 1e-3 --augment {name}" for name in data.AUGMENTATIONS[1:]}
 RATES = {rate: f"--lr {rate}" for rate in ("1e-3", "1e-4", "1e-5")}
 
-# study: {run, as flags of train.py: number of seeds}. What takes longest comes last.
+# study: {run, as flags of train.py: number of seeds}. The longest study comes last.
 STUDIES = {
     "rates": dict(zip(RATES.values(), (3, 1, 1), strict=True)),
     "tricks": dict.fromkeys(TRICKS.values(), 10),
@@ -51,8 +51,8 @@ STUDIES = {
     "speed": {run: 3 for run in LADDER.values()} | {LADDER["quick"]: 10},
 }
 
-# Runs a command, and prints its seconds and its peak memory. A process of its own, because the system counts at least
-# the memory of whoever starts a program; make.py has loaded PyTorch, and this has loaded next to nothing.
+# Runs a command, and prints its seconds and its peak memory. It is a process of its own, because a program's peak
+# memory counts as at least its parent's: make.py has loaded PyTorch, and this has loaded next to nothing.
 STOPWATCH = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
@@ -80,7 +80,7 @@ def find_folder(run, seed):
 
 
 def fingerprint(settings):
-    """A short text that changes with every setting but the seed and the device, and with the version of the code."""
+    """A short text that changes with train.FORMAT and every setting but seed, device and precision."""
     kept = {key: settings[key] for key in train.BASELINE}
     for key in ("seed", "device", "precision"):
         del kept[key]
@@ -157,6 +157,6 @@ def complete(study):
 
 
 def find(rows, run, column):
-    """What a column of runs.csv holds for each seed of a run; nothing if the run does not measure it."""
+    """The values of a column of runs.csv for each seed of a run; empty if the run does not measure it."""
     texts = [row[column] for row in rows if row["run"] == run]
     return [float(text) for text in texts] if any(texts) else []

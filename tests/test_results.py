@@ -55,10 +55,11 @@ def test_readme_shows_exactly_the_rows_of_tables_md():
     assert sorted(measured) == sorted(table + "\n" for table in TABLES.rstrip("\n").split("\n\n"))
 
 
-def test_every_accuracy_in_readmes_sentences_is_in_a_table():
+def test_every_accuracy_in_readmes_sentences_was_measured():
     sentences = re.sub(r"^\|.*\n|^    step .*\n", "", README, flags=re.MULTILINE)
     named = {float(number) for number in re.findall(r"(\d+\.\d)%", sentences)}
     measured = [float(number) for number in re.findall(r"(\d+\.\d\d)%", TABLES)]
+    measured.append(make.PEER[2])
     assert named and named <= {round(number + 1e-9, 1) for number in measured}
 
 

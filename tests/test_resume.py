@@ -251,7 +251,7 @@ def test_more_epochs_are_refused_if_the_schedule_depends_on_them(copy, tiny, tmp
     (lambda saved: saved["optimizers"].clear(), "does not fit this net and optimizer"),
     (lambda saved: saved.update(generator=torch.zeros(3, dtype=torch.uint8)), "does not fit this net and optimizer"),
     (lambda saved: saved.update(format=1), "saved by another version of this code (format 1"),
-    (lambda saved: saved.clear(), "is damaged, or no checkpoint"),
+    (lambda saved: saved.clear(), "is damaged or not a checkpoint"),
 ])  # fmt: skip
 def test_a_checkpoint_of_another_net_is_refused_with_the_reason(copy, tiny, tmp_path, change, says):
     copy(change)
