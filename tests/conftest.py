@@ -75,7 +75,7 @@ def config(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-def results(folder):
+def collect_results(folder):
     """What two equal runs must agree in, bit for bit: what was measured but for the times, and all that is saved."""
     metrics = [{key: value for key, value in row.items() if key != "train_seconds"} for row in rows(folder)]
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -85,7 +85,7 @@ def results(folder):
 
 
 def agree(one, other):
-    return results(one) == results(other)
+    return collect_results(one) == collect_results(other)
 
 
 def scalars(folder):

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import io
 import math
 import os
 import re
@@ -18,17 +19,7 @@ from types import SimpleNamespace
 import filelock
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    agree,
-    complain,
-    list_files,
-    make_tiny,
-    raising,
-    rows,
-    scalars,
-    unix,
-)
+from conftest import ROOT, agree, complain, list_files, make_tiny, raising, rows, scalars, unix
 from filelock import FileLock
 from PIL import Image
 
@@ -149,6 +140,14 @@ def test_a_run_with_a_japanese_name_trains_on_an_ascii_terminal(tmp_path):
     assert len(rows(tmp_path / "experiments/実験")) == 1
     with Image.open(tmp_path / "experiments/curves.png") as picture:
         assert min(picture.size) > 400
+
+
+def test_letters_that_the_terminal_lacks_print_as_question_marks(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    data.prepare_script()
+    print("実験", flush=True)
+    assert raw.getvalue().rstrip() == b"??"
 
 
 @pytest.fixture
