@@ -21,7 +21,7 @@ def settings_of(*flags):
     return train.read_settings([*flags, "--precision", "fp32"])
 
 
-@pytest.mark.parametrize("recipe", [name for name in train.RECIPES if name != "best"])  # which is dinner three times
+@pytest.mark.parametrize("recipe", [name for name in train.RECIPES if name != "best"])  # three nets like dinner's
 def test_training_fits_ten_images_perfectly(recipe):
     images, labels = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8, generator=seeded()), torch.arange(10)
     inputs = data.normalize(data.to_float(images))
