@@ -7,11 +7,6 @@ Source: S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network
 Covariate Shift", 2015, arXiv:1502.03167 (below: the paper).
 """
 
-import sys
-
-if sys.version_info < (3, 10):
-    sys.exit(f"bn.py needs Python 3.10 or newer, this is {sys.version.split()[0]}")
-
 import base64
 import zlib
 
@@ -31,17 +26,11 @@ class BatchNorm:
         running_mean, running_var: (C,) statistics for inference, which start at 0 and 1. The variance is unbiased.
         training: whether forward normalizes with the batch's statistics (and remembers them) or the running ones.
 
-    float32 input gives float32 output and gradients, float64 gives float64. No argument is modified.
-
-    Raises:
-        ValueError: eps or momentum is out of its range.
+    float32 input gives float32 output and gradients, float64 gives float64; all is computed in float64, because in
+    float32 a mean far from 0, or a sum over many rows, has too few digits. No argument is modified.
     """
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1):
-        if eps is None or not eps >= 0:
-            raise ValueError(f"eps must be 0 or more, got {eps!r}")
-        if momentum is None or not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must be from 0 to 1, got {momentum!r}")
         self.eps = eps
         self.momentum = momentum
         self.gamma = np.ones(num_features)
@@ -64,8 +53,6 @@ class BatchNorm:
     def forward(self, x):
         """y = gamma * (x - mean) / sqrt(var + eps) + beta: Algorithm 1 of the paper, in inference Algorithm 2.
 
-        Mean and variance are computed in float64, because in float32 a mean far from 0 has too few digits.
-
         Args:
             x: (B, C), float32 or float64. In training B must be at least 2.
 
@@ -76,33 +63,29 @@ class BatchNorm:
             ValueError: x has another shape or dtype; x is a single row in training (it has no variance); or gamma or
                 beta has another shape than (C,).
         """
-        x, shape = np.asarray(x), self.running_mean.shape
-        if x.shape[1:] != shape or x.dtype not in (np.float32, np.float64):
-            raise ValueError(f"x must be float32 or float64, (B, {shape[0]}), got {x.dtype}, {x.shape}")
+        x, channels = np.asarray(x), self.running_mean.shape
+        if x.shape[1:] != channels or x.dtype not in (np.float32, np.float64):
+            raise ValueError(f"x must be float32 or float64, (B, {channels[0]}), got {x.dtype}, {x.shape}")
+        if not np.shape(self.gamma) == np.shape(self.beta) == channels:
+            raise ValueError(f"gamma and beta must be {channels}, got {np.shape(self.gamma)}, {np.shape(self.beta)}")
         batch, dtype = len(x), x.dtype
         if self.training and batch < 2:
             raise ValueError(f"training needs at least 2 rows to have a variance, got x of shape {x.shape}")
-        gamma = np.array(self.gamma, dtype)
-        beta = np.array(self.beta, dtype)
-        if gamma.shape != shape:
-            raise ValueError(f"gamma must have the shape {shape}, got {gamma.shape}")
-        if beta.shape != shape:
-            raise ValueError(f"beta must have the shape {shape}, got {beta.shape}")
-        if not self.training:
-            std = np.sqrt(self.running_var + self.eps).astype(dtype)
-            return gamma * ((x - self.running_mean).astype(dtype) / std) + beta
 
-        mean = x.mean(axis=0, dtype=np.float64)
-        var = ((x - mean) ** 2).mean(axis=0)
-        std = np.sqrt(var + self.eps).astype(dtype)
-        x_hat = (x - mean).astype(dtype) / std
-        y = gamma * x_hat + beta
-
-        unbiased_var = var * batch / (batch - 1)
-        self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
-        self.running_var = (1 - self.momentum) * self.running_var + self.momentum * unbiased_var
-        self._saved = x_hat, std, gamma
-        return y
+        x = x.astype(np.float64)
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean = x.mean(axis=0)  # from here on all is float64
+            var = ((x - mean) ** 2).mean(axis=0)
+            unbiased_var = var * batch / (batch - 1)
+            self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
+            self.running_var = (1 - self.momentum) * self.running_var + self.momentum * unbiased_var
+        std = np.sqrt(var + self.eps)
+        x_hat = (x - mean) / std
+        y = self.gamma * x_hat + self.beta
+        if self.training:
+            self._saved = x_hat, std, np.array(self.gamma), dtype
+        return y.astype(dtype)
 
     def backward(self, dy):
         """Gradients of a loss with respect to the input and the parameters of the last forward in training mode.
@@ -132,15 +115,15 @@ class BatchNorm:
         """
         if self._saved is None:
             raise RuntimeError("backward needs a forward in training mode first")
-        x_hat, std, gamma = self._saved
-        dy, batch = np.asarray(dy, x_hat.dtype), len(x_hat)
+        x_hat, std, gamma, dtype = self._saved
+        dy, batch = np.asarray(dy, np.float64), len(x_hat)
         if dy.shape != x_hat.shape:
             raise ValueError(f"dy must have the shape of forward's input {x_hat.shape}, got {dy.shape}")
 
         dgamma = (dy * x_hat).sum(axis=0)
         dbeta = dy.sum(axis=0)
         dx = gamma / std * (dy - dbeta / batch - x_hat * (dgamma / batch))
-        return dx, dgamma, dbeta
+        return dx.astype(dtype), dgamma.astype(dtype), dbeta.astype(dtype)
 
 
 def sigmoid(z):

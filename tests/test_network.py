@@ -1,167 +1,134 @@
-"""network.py: the net against its docstring, the whitened stem, and how the net is built and stepped."""
+"""network.py: the net against its docstring, what it starts from, its mirror symmetry, and how it is stepped."""
 
-import copy
+import re
 
-import numpy as np
 import pytest
 import torch
 from conftest import seeded
 from torch.nn import functional as F
 
-import data
 import network
-import train
-from loss import CrossEntropyLoss
 
 
-def net(**options):
+def make_net(widths=(8, 8), **options):
     torch.manual_seed(0)
-    return network.ConvNet(**options)
+    return network.ConvNet(widths, **options)
 
 
 def noise(*shape, seed=0, **options):
     return torch.randn(shape, generator=seeded(seed), **options)
 
 
-def correlated(count):
+def photos(count):
     """Images whose neighboring pixels and whose channels are alike, as in photographs."""
     smooth = F.interpolate(noise(count, 3, 6, 6), size=(12, 12), mode="bilinear")
-    mix = torch.tensor([[1.0, 0.5, 0.2], [0.8, 1.0, 0.3], [0.7, 0.6, 1.0]])
-    return torch.einsum("ij,njhw->nihw", mix, smooth) + 0.2 * noise(count, 3, 12, 12, seed=1) + 0.5
+    return smooth + 2 * smooth.mean(1, keepdim=True) + 0.2 * noise(count, 3, 12, 12, seed=1) + 0.5
 
 
-def covariance(outputs):  # (N, C, H, W) -> (C, C)
-    return np.cov(outputs.detach().double().transpose(0, 1).flatten(1))
+def test_the_net_has_the_layers_and_shapes_of_its_docstring():
+    net, images = make_net(widths=(32, 64, 128)), noise(4, 3, 32, 32)
+    maps = F.silu(F.conv2d(images, net.stem.weight, net.stem.bias))
+    shapes = [images.shape, maps.shape]
+    for first, second in zip(net.filters()[::2], net.filters()[1::2], strict=True):
+        maps = F.max_pool2d(F.conv2d(maps, first, padding=1), 2)
+        maps = F.conv2d(F.silu(F.batch_norm(maps, None, None, training=True)), second, padding=1)
+        maps = F.silu(F.batch_norm(maps, None, None, training=True))
+        shapes.append(maps.shape)
+    logits = net(images)
+    torch.testing.assert_close(logits, F.linear(maps.flatten(2).max(2).values, net.head.weight, net.head.bias))
+    documented = re.findall(r"\(B, +(\d+), +(\d+), +(\d+)\)", network.ConvNet.__doc__)
+    assert [(4, *map(int, shape)) for shape in documented] == shapes and logits.shape == (4, 10)
+    assert all(layer.bias is None for layer in net.layers(torch.nn.Conv2d))
 
 
-def test_shapes_match_the_docstring_and_every_parameter_gets_a_gradient():
-    model, images = net(), noise(4, 3, 32, 32)
-    x = F.silu(F.conv2d(images, model.stem.weight, model.stem.bias))
-    shapes = [x.shape[1:]]
-    for group in model.groups:
-        first, second = (layer.weight for layer in group if isinstance(layer, torch.nn.Conv2d))
-        x = F.max_pool2d(F.conv2d(x, first, padding=1), 2)
-        x = F.conv2d(F.silu(F.batch_norm(x, None, None, training=True)), second, padding=1)
-        x = F.silu(F.batch_norm(x, None, None, training=True))
-        shapes.append(x.shape[1:])
-    expected = F.adaptive_max_pool2d(x, 1).flatten(1) @ model.head.weight.T + model.head.bias
-    logits = model(images)
-    torch.testing.assert_close(logits, expected)
-    assert shapes == [(24, 31, 31), (32, 15, 15), (64, 7, 7), (128, 3, 3)]
-    for shape in shapes:
-        assert "(B, {:>3}, {:>2}, {:>2})".format(*shape) in network.ConvNet.__doc__
-    F.cross_entropy(logits, torch.arange(4)).backward()
-    assert all(parameter.grad.any() for parameter in model.parameters())
-    stem, head = 3 * 2 * 2 * 24 + 24, 128 * 10 + 10
-    groups = sum(9 * a * b + 9 * b * b + 2 * (b + b) for a, b in [(24, 32), (32, 64), (64, 128)])  # no biases; 2 norms
-    assert sum(parameter.numel() for parameter in model.parameters()) == stem + groups + head == 295_106
-
-
-@pytest.mark.parametrize("widths", [(32, 64, 128), (8, 8, 8), (5, 12), (4,)])
-def test_eval_logits_do_not_depend_on_the_rest_of_the_batch(widths):
-    model = net(widths=widths).double()
-    images = noise(8, 3, 32, 32, dtype=torch.float64) * torch.arange(8).view(8, 1, 1, 1)
-    for _ in range(3):
-        model(2 * images + 1)  # running statistics that are not the initial ones
-    logits = model.eval()(images)
-    torch.testing.assert_close(torch.cat([model(image[None]) for image in images]), logits, rtol=0, atol=1e-9)
-    assert logits.shape == (8, 10) and logits.std(0).min() > 1e-5
-
-
-@pytest.mark.parametrize("contrast", [1, 0.01])  # little contrast is amplified less
-def test_outputs_of_the_whitened_stem_are_uncorrelated(contrast):
-    model, images = net(), contrast * correlated(200)
-    model.whiten(images)
-    images = torch.cat([images, images.flip(3)])  # it takes mirror images for just as likely
+def test_the_whitened_stem_is_frozen_and_its_outputs_are_uncorrelated():
+    net, images = make_net(), photos(200) / 10  # the variance of their noise is 4e-4
+    net.whiten(images)
+    assert not net.stem.weight.requires_grad and not net.stem.bias.requires_grad
+    images = torch.cat([images, images.flip(3)]).double()  # mirror images are just as likely
+    outputs, mirrored = net.double().stem(images), net.stem(images.flip(3)).flip(3)
     patches = torch.cat([images[:, :, y : y + 11, x : x + 11] for y in (0, 1) for x in (0, 1)], dim=1)
-    variances = np.linalg.eigvalsh(covariance(patches))
-    assert variances[-1] > 10 * variances[0]  # there is something to whiten
-    outputs = model.stem(images)
-    even, odd, not_even, not_odd = (outputs[:, first::4] for first in range(4))
-    cov = covariance(torch.cat([even, odd], 1))
-    expected = variances / (variances + 5e-4)
-    np.testing.assert_allclose(sorted(np.diag(cov)), sorted(expected), atol=2e-3)
-    np.testing.assert_allclose(cov, np.diag(np.diag(cov)), atol=2e-3)
-    torch.testing.assert_close(not_even - 0.8, 0.8 - even, rtol=0, atol=1e-5)
-    torch.testing.assert_close(not_odd - 0.8, 0.8 - odd, rtol=0, atol=1e-5)
-    swapped = network.mirror_channels(model.stem(images.flip(3)), 1)
-    torch.testing.assert_close(swapped, outputs.flip(3), rtol=0, atol=1e-5)
-
-
-def test_symmetrized_filters_mirror_their_output_when_the_image_is_mirrored():
-    filters, images = noise(12, 8, 3, 3).double(), noise(2, 8, 5, 7).double()
-    before = filters.clone()
-    network.symmetrize(filters)
-    swapped = [[4 * (c // 4) + (0, 3, 2, 1)[c % 4] for c in range(count)] for count in (8, 12)]
-    assert all(network.mirror_channels(torch.arange(len(order)), 0).tolist() == order for order in swapped)
-    outputs = F.conv2d(images, filters, padding=1)
-    mirrored = F.conv2d(images[:, swapped[0]].flip(3), filters, padding=1)
-    torch.testing.assert_close(mirrored, outputs[:, swapped[1]].flip(3))
-    for c in range(12):
-        for d in range(8):
-            other = before[swapped[1][c], swapped[0][d]].flip(1)
-            torch.testing.assert_close(filters[c, d], (before[c, d] + other) / 2)
-
-
-def test_a_mirror_net_averages_the_features_of_an_image_and_its_mirror_image():
-    model, images = net(widths=(8,), mirror=True).eval(), noise(4, 3, 32, 32)
-    maps = model.groups(F.silu(model.stem(images)))
-    features = maps.flatten(2).max(2).values
-    mean = (features + features[:, [0, 3, 2, 1, 4, 7, 6, 5]]) / 2
-    torch.testing.assert_close(model(images), mean @ model.head.weight.T + model.head.bias)
-
-
-def step_three_times(model, optimizer, size):
-    for seed in range(3):
-        images, targets = noise(6, 3, size, size, seed=seed), torch.arange(6) + seed
-        network.train_step(model, optimizer, CrossEntropyLoss(), images, targets, "fp32")
-
-
-def trained_net(mirror, size=32, optimizer="muon"):
-    """A whitened net after three steps."""
-    model = net(widths=(24, 32, 20), mirror=mirror)
-    model.whiten(correlated(20))
-    if optimizer == "muon":
-        model.prepare_for_muon()
-        stepper = network.Muon(model.parameters(), lr=0.1, batch_size=20)
-    else:
-        stepper = torch.optim.Adam(model.parameters(), lr=0.1)
-    step_three_times(model, stepper, size)
-    return model
+    variances = torch.linalg.eigvalsh(torch.cov(patches.transpose(0, 1).flatten(1)))
+    even, odd, negative_even, negative_odd = (outputs[:, first::4] for first in range(4))
+    covariance = torch.cov(torch.cat([even, odd], 1).transpose(0, 1).flatten(1))
+    torch.testing.assert_close(covariance.diag().sort().values, variances / (variances + 5e-4), rtol=0, atol=2e-3)
+    torch.testing.assert_close(covariance, covariance.diag().diag(), rtol=0, atol=2e-3)
+    for one, other in [(1.6 - even, negative_even), (even, mirrored[:, ::4]), (negative_odd, mirrored[:, 1::4])]:
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # 1.6, because all are shifted up by 0.8
 
 
 @pytest.mark.parametrize("mirror", [True, False])
-@pytest.mark.parametrize("optimizer", ["muon", "adam"])
-def test_steps_keep_mirrored_filters_symmetric(optimizer, mirror):
-    for filters in trained_net(mirror, optimizer=optimizer).filters():
-        network.symmetrize(same := filters.detach().clone())
-        assert ((same - filters).abs().max() < 1e-6) == mirror
-        assert (filters - filters.flip(3)).abs().max() > 1e-2  # there are pairs
+def test_filters_start_as_the_identity_and_a_step_keeps_those_of_a_mirror_net_symmetric(mirror):
+    net = make_net(widths=(32, 16), mirror=mirror)
+    net.start_as_identity()
+    for filters in net.filters():
+        maps, same = noise(2, filters.shape[1], 5, 5), min(filters.shape[:2])
+        outputs = F.conv2d(maps, filters, padding=1)
+        torch.testing.assert_close(outputs[:, :same], maps[:, :same])
+        assert (outputs[:, same:].abs().mean((0, 2, 3)) > 0.1).all()  # the others stay random
+    network.backpropagate(net, F.cross_entropy, noise(6, 3, 16, 16), torch.arange(6), "fp32")
+    network.Muon(net.parameters(), 0.1, 20).step()
+    for filters in net.filters():
+        network.symmetrize(symmetric := filters.detach().clone())
+        assert torch.allclose(filters, symmetric, atol=1e-6) == mirror
 
 
-SIZES = sorted({data.SIZE, 40, *(size for recipe in train.RECIPES.values() for size in recipe.get("sizes", {}))})
+def test_muons_net_starts_undecided_with_scales_at_1_and_quick_running_statistics():
+    net = make_net(widths=(32, 64, 128))
+    net.start_undecided()
+    net.freeze_scales()
+    net.follow_faster()
+    assert net.head.weight.std().item() * 128 == pytest.approx(1, rel=0.1)
+    assert not net.head.bias.any() and not net.head.bias.requires_grad
+    for norm in net.layers(torch.nn.BatchNorm2d):
+        assert norm.weight.eq(1).all() and not norm.weight.requires_grad and norm.bias.requires_grad
+        maps = noise(8, norm.num_features, 3, 3) + 1
+        norm(maps)
+        torch.testing.assert_close(norm.running_mean, 0.2 * maps.mean((0, 2, 3)))  # PyTorch's default is 0.1
 
 
-@pytest.mark.parametrize(
-    "size, mirror, exact", [(22, True, False), (32, False, False), *((s, True, True) for s in SIZES)]
-)
-def test_a_mirrored_net_gives_mirror_images_the_same_logits_at_every_size_in_recipes(size, mirror, exact):
-    model, images = trained_net(mirror, size).double(), noise(6, 3, size, size).double()
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.reset_parameters()  # each channel has learned a shift of its own
-    torch.nn.init.normal_(model.head.weight)
-    logits = model.eval()(images)
-    assert logits.std(0).min() > 0.01
-    difference = (model(images.flip(3)) - logits).abs().max() / logits.std()
-    assert (difference < 1e-3) if exact else (difference > 1e-2)
+def test_symmetrized_filters_mirror_their_output_when_the_image_is_mirrored():
+    filters, maps = noise(12, 8, 3, 3).double(), noise(2, 8, 5, 7).double()
+    with torch.device("meta"):  # what it makes is on the device of the filters, and not on the default one
+        network.symmetrize(filters)
+    outputs, inputs = [0, 3, 2, 1, 4, 7, 6, 5, 8, 11, 10, 9], [0, 3, 2, 1, 4, 7, 6, 5]  # see mirror_channels
+    mirrored = F.conv2d(maps[:, inputs].flip(3), filters, padding=1)
+    torch.testing.assert_close(mirrored, F.conv2d(maps, filters, padding=1)[:, outputs].flip(3))
 
 
-def test_an_ensemble_averages_the_logits_of_its_nets():
-    nets, images = [net(), net()], noise(4, 3, 32, 32)
-    torch.nn.init.normal_(nets[1].head.weight)
-    expected = (nets[0](images) + nets[1](images)) / 2
-    torch.testing.assert_close(network.Ensemble(nets)(images), expected)
+@pytest.mark.parametrize("size, mirror, same", [(16, 1, 1), (24, 1, 1), (32, 1, 1), (22, 1, 0), (32, 0, 0)])
+def test_a_mirror_net_gives_mirror_images_the_same_logits(size, mirror, same):
+    net, images = make_net((32, 40, 44), mirror=mirror).double().eval(), noise(6, 3, size, size).double()
+    net.whiten(photos(20))
+    net.start_as_identity()
+    logits = torch.stack([net(images), net(images.flip(3))])
+    net.mirror = False  # each image on its own
+    mean = (net(images) + net(images.flip(3))) / 2
+    difference = (logits - mean).abs().max() / mean.std(0).min()
+    assert (difference < 1e-3) if same else (difference > 1e-2)
+
+
+def test_an_ensemble_averages_the_logits_of_its_nets_in_either_precision():
+    nets, images = [make_net(), make_net((4,))], noise(4, 3, 32, 32)
+    for precision, tolerance in [("fp32", 1e-6), ("bf16", 0.05)]:
+        one, other = (network.compute_logits(net, images, precision) for net in nets)
+        torch.testing.assert_close([one, other], [net(images) for net in nets], rtol=tolerance, atol=tolerance)
+        assert torch.equal(one, one.bfloat16().float()) == (precision == "bf16")
+        torch.testing.assert_close(network.compute_logits(network.Ensemble(nets), images, precision), (one + other) / 2)
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 0.05)])
+def test_backpropagate_adds_the_gradients_of_the_mean_loss_with_batch_norm_in_parts(precision, tolerance):
+    net, images, labels = make_net(), noise(502, 3, 16, 16), torch.arange(502) % 10
+    labels[336:] = 0  # the last part has other labels, and is smaller and so counts for less
+    expected = torch.cat([net(part) for part in images.split([168, 168, 166])])  # parts of at most 250, nearly equal
+    gradients = torch.autograd.grad(F.cross_entropy(expected, labels), [*net.parameters()])
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    logits = network.backpropagate(net, F.cross_entropy, images, labels, precision)
+    torch.testing.assert_close(logits, expected.detach(), rtol=tolerance, atol=tolerance)
+    added = [parameter.grad - 1 for parameter in net.parameters()]
+    torch.testing.assert_close(added, [*gradients], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 30), (30, 5)])
@@ -176,74 +143,45 @@ def test_orthogonalize_keeps_singular_vectors_and_equalizes_singular_values(shap
     assert not network.orthogonalize(0 * matrix).any()
 
 
-def test_muon_keeps_the_norm_of_filters_and_orthogonalizes_their_nesterov_gradient():
-    filters = noise(4, 3, 3, 3).requires_grad_()
-    optimizer = network.Muon([filters], lr=0.1, batch_size=20)
-    velocity = torch.zeros(4, 27)
+def start_muon(*shape):
+    parameter, frozen = noise(*shape).requires_grad_(), torch.ones(4)
+    optimizer = network.Muon([frozen, parameter], lr=7, batch_size=20)
+    optimizer.param_groups[0]["lr"] = 0.1  # the rate has fallen since
+    return parameter, optimizer
+
+
+def test_muon_keeps_the_norm_of_filters_and_orthogonalizes_their_nesterov_direction():
+    (filters, optimizer), velocity = start_muon(4, 3, 3, 3), 0
     for seed in range(1, 4):
-        expected = filters.detach().flatten(1) * 2 / filters.detach().norm()
         filters.grad = noise(4, 3, 3, 3, seed=seed)
         velocity = 0.65 * velocity + filters.grad.flatten(1)
-        expected -= 0.1 * network.orthogonalize(filters.grad.flatten(1) + 0.65 * velocity)
+        step = 0.1 * network.orthogonalize(filters.grad.flatten(1) + 0.65 * velocity)
+        expected = 2 * F.normalize(filters.detach().flatten(), dim=0).view(4, 27) - step  # 2: the root of 4 filters
         optimizer.step()
         torch.testing.assert_close(filters.detach().flatten(1), expected)
 
 
 @pytest.mark.parametrize("shape, factor", [((4,), 1 / 4), ((2, 5), 3.3 / 25)])
-def test_muon_updates_biases_and_the_head_like_sgd_with_weight_decay(shape, factor):
-    ours, theirs = noise(*shape).requires_grad_(), noise(*shape).requires_grad_()
-    optimizer = network.Muon([torch.randn(4), ours], lr=0.1, batch_size=20)
+def test_muon_steps_biases_and_the_head_like_sgd_with_weight_decay(shape, factor):
+    (ours, optimizer), theirs = start_muon(*shape), noise(*shape).requires_grad_()
     sgd = torch.optim.SGD([theirs], lr=0.1 * 20 * factor, momentum=0.85, nesterov=True)
     for seed in range(1, 4):
-        ours.grad = noise(*shape, seed=seed)
-        theirs.grad = ours.grad.clone()
-        theirs.data.mul_(1 - 2e-5)
+        ours.grad = theirs.grad = noise(*shape, seed=seed)
+        theirs.data.mul_(1 - 0.1 * 20 * 1e-5)
         optimizer.step()
         sgd.step()
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_muon_uses_the_rate_of_its_param_group():
-    bias = torch.zeros(1).requires_grad_()
-    optimizer = network.Muon([bias], lr=0.1, batch_size=1)
-    optimizer.param_groups[0]["lr"] = 0
-    bias.grad = torch.ones(1)
+def test_muon_goes_on_from_its_saved_state():
+    (ours, optimizer), (theirs, fresh) = start_muon(4, 3, 3, 3), start_muon(4, 3, 3, 3)
+    ours.grad = noise(4, 3, 3, 3, seed=1)
     optimizer.step()
-    assert bias.item() == 0
-
-
-def test_muon_continues_from_its_saved_state():
-    ends = []
-    for saved in (False, True):
-        parameter = noise(4, 3, 3, 3).requires_grad_()
-        optimizer = network.Muon([parameter], lr=0.1, batch_size=20)
-        for seed in range(1, 4):
-            if saved:
-                state = copy.deepcopy(optimizer.state_dict())
-                optimizer = network.Muon([parameter], lr=0.1, batch_size=20)
-                optimizer.load_state_dict(state)
-            parameter.grad = noise(4, 3, 3, 3, seed=seed)
-            optimizer.step()
-        ends.append(parameter.detach())
-    assert torch.equal(*ends)
-
-
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
-def test_a_step_in_parts_equals_a_step_of_the_whole_batch(precision, tolerance):
-    images, labels, sizes = noise(502, 3, 32, 32), torch.arange(502) % 10, []
-    labels[336:] = 0  # a part of another kind, which is smaller and so counts for less
-    model = net(widths=(8, 8)).eval()  # in training, batch norm sees one part at a time
-    torch.nn.init.normal_(model.head.weight)
-    expected = model(images)
-    expected_loss = F.cross_entropy(expected, labels)
-    gradients = torch.autograd.grad(expected_loss, list(model.parameters()))
-    moved = [old.detach() - 0.5 * gradient for old, gradient in zip(model.parameters(), gradients, strict=True)]
-    model.head.weight.grad = torch.ones(10, 8)  # left over from a step before
-    model.head.register_forward_hook(lambda module, inputs, outputs: sizes.append(len(outputs)))
-    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
-    logits, loss = network.train_step(model, sgd, CrossEntropyLoss(), images, labels, precision)
-    assert sizes == [168, 168, 166] and not logits.requires_grad
-    torch.testing.assert_close(logits, expected.detach(), rtol=tolerance, atol=tolerance)
-    assert torch.equal(logits, logits.bfloat16().float()) == (precision == "bf16")
-    assert loss == pytest.approx(expected_loss.item(), rel=tolerance)
-    torch.testing.assert_close([*model.parameters()], moved, rtol=tolerance, atol=tolerance)
+    theirs.data.copy_(ours)
+    fresh.load_state_dict(optimizer.state_dict())
+    ours.grad = theirs.grad = noise(4, 3, 3, 3, seed=2)
+    optimizer.step()
+    fresh.step()
+    assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError):
+        fresh.load_state_dict({"velocities": []})  # of another net

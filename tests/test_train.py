@@ -1,407 +1,561 @@
-"""Training and its settings, on a tiny data set; and `quick`, where it is there, on the real one."""
+"""Training, the files of a run, resuming, and what goes wrong: train.py on a tiny set; and `quick` on the real one."""
 
+import csv
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, complain, config, load_tiny, raising, rows, scalars, seeded
+from conftest import ROOT, complain, load_tiny, make_tiny, seeded
+from filelock import FileLock, Timeout
+from PIL import Image
+from tensorboard import program
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
 
 import data
-import network
 import train
-from loss import CrossEntropyLoss
+from network import ConvNet, Ensemble, Muon
+
+RUN = Path("experiments/run")  # the folder of `--name run`; `tiny` works in a folder of its own
 
 
-# ------------------------------------------------------------------------------------------------------------- training
-def settings_of(*flags):
-    """The settings of a command line, in fp32."""
-    return train.read_settings([*flags, "--precision", "fp32"])
+def read_settings(flags):
+    return train.read_settings([*flags.split(), "--device", "cpu", "--precision", "fp32"])[0]
 
 
-@pytest.mark.parametrize("recipe", [name for name in train.RECIPES if name != "best"])  # three nets like dinner's
-def test_training_fits_ten_images_perfectly(recipe):
-    images, labels = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8, generator=seeded()), torch.arange(10)
-    inputs = data.normalize(data.to_float(images))
-    settings = settings_of("--recipe", recipe, "--widths", "16,16,16", "--batch-size", "10")
-    settings.lr /= 2
-    torch.manual_seed(0)
-    model, optimizer = train.build(settings, inputs)
-    for _ in range(100):
-        train.train_step(model, optimizer, CrossEntropyLoss(), inputs, labels, "fp32")
-    assert train.evaluate(model, images, labels, "fp32")["val_accuracy"] == 1
+def rows(folder=RUN):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(column, folder=RUN):
+    return [float(row[column]) for row in rows(folder)]
+
+
+def scalars(folder=RUN):
+    """{(curve, step): value}, as TensorBoard's own reader shows a run."""
+    events = EventAccumulator(str(folder)).Reload()
+    points = [(tag, point.step, point.value) for tag in events.Tags()["scalars"] for point in events.Scalars(tag)]
+    shown = {(tag, step): value for tag, step, value in points}
+    assert len(shown) == len(points)  # each step once
+    return shown
+
+
+def collect(folder=RUN):
+    """All in which equal runs agree, bit for bit: what was measured, except for the seconds, and what was saved."""
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    table = [{name: value for name, value in row.items() if name != "train_seconds"} for row in rows(folder)]
+    progress = [saved["progress"][key] for key in ("step", "epoch", "curves")]
+    states = [saved[key] for key in ("model", "optimizer", "generator")]
+    return table, progress, json.dumps(states, default=torch.Tensor.tolist), scalars(folder)
+
+
+def copy_run(finished, change=lambda saved: None, folder=RUN):
+    """Copy the finished run; `change` may change what its checkpoint holds."""
+    shutil.copytree(finished, folder)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    change(saved)
+    torch.save(saved, folder / "checkpoint.pt")
+
+
+def make_run(folder, flags):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_tiny(monkeypatch, folder)(f"{flags} --name run")
+    return folder / RUN
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished run of three epochs of three steps, to be read and not to be changed."""
+    return make_run(tmp_path_factory.mktemp("finished"), "--epochs 3")
+
+
+# --------------------------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_every_recipe_learns_ten_images_by_heart(recipe, tiny, monkeypatch):
+    squares = 255 * torch.randint(2, (10, 3, 4, 4), dtype=torch.uint8, generator=seeded(4))
+    images, labels = squares.repeat_interleave(8, 2).repeat_interleave(8, 3), torch.arange(10)
+    often = images.repeat(16, 1, 1, 1), labels.repeat(16)
+    monkeypatch.setattr(data, "load_cifar10", lambda *_: (often, (images, labels)))
+    outcome = tiny(f"--recipe {recipe} --epochs 5 --widths 24 24 24 --batch-size 20 --name run")
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert numbers("val_accuracy")[-1] == 1
+
+
+def test_a_step_descends_pytorchs_smoothed_loss_and_logs_the_plain_one():
+    settings = read_settings("--label-smoothing 0.5 --lr 0.1")
+    images, labels = load_tiny()[0]
+    net, twin = ConvNet((8, 8)), ConvNet((8, 8))
+    twin.load_state_dict(net.state_dict())
+    optimizer, reference = (torch.optim.SGD(one.parameters(), 0.1) for one in (net, twin))
+    loader = data.Loader(images, labels, 40, "none", seeded())
+    for step in range(2):  # in the second one, the gradients of the first are gone
+        _, means = train.train_epoch(Ensemble([net]), optimizer, [loader], settings, step, 2, lambda *_: None)
+        logits = twin(data.normalize(images))
+        assert means["train_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        reference.zero_grad()
+        F.cross_entropy(logits, labels, label_smoothing=0.5).backward()
+        reference.step()
+        torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("begin, steps, ends", [(0, 1000, range(2, 49, 2)), (48, 53, [2, 4, 5])])  # of 48 an epoch
+def test_about_twenty_times_an_epoch_a_point_is_the_mean_over_all_images_and_nets_since_the_last(begin, steps, ends):
+    settings = read_settings("--lr 1e-9")  # so the nets stay as they are
+    images, labels = load_tiny()[0]
+    images, labels = images.repeat(3, 1, 1, 1)[:97], labels.repeat(3)[:97]  # 47 batches of 2 images and one of 3
+    model = Ensemble([ConvNet((8, 8)), ConvNet((8, 8))])
+    generators = seeded(), seeded()
+    loaders, same = ([data.Loader(images, labels, 2, "none", one) for _ in model.nets] for one in generators)
+    measured = []  # for each step, (losses, hits) of both nets
+    for batches in zip(*same):
+        logits = torch.cat([net(inputs) for net, (inputs, _) in zip(model.nets, batches)]).detach()
+        targets = torch.cat([targets for _, targets in batches])
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        measured.append(torch.stack([losses, logits.argmax(1) == targets]).double())
+
+    def means(first, last):
+        loss, accuracy = torch.cat(measured[first:last], dim=1).mean(1).tolist()
+        return {"train_loss": pytest.approx(loss), "train_accuracy": pytest.approx(accuracy)}
+
+    points = []
+    model.eval()  # from which an epoch returns to training mode
+    optimizer = torch.optim.SGD(model.parameters())
+    given = model, optimizer, loaders, settings, begin, steps, lambda *point: points.append(point)
+    assert train.train_epoch(*given) == (begin + ends[-1], means(0, ends[-1]))
+    assert points == [(begin + last, means(first, last)) for first, last in zip([0, *ends], ends)]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, Muon])
+@pytest.mark.parametrize("flags, rates, sizes", [
+    ("--decay --sizes 16:0.5 24:0.75", [0.8, 0.6, 0.4, 0.2], [16, 16, 24, 32]),
+    ("", [0.8, 0.8, 0.8, 0.8], [32, 32, 32, 32]),
+])  # fmt: skip
+def test_the_rate_falls_to_0_and_the_images_grow_or_both_are_constant(kind, flags, rates, sizes, tiny, before):
+    seen = []
+    before(train, "backpropagate", lambda net, criterion, images, *_: seen.append([*images.shape[2:]]))
+    before(kind, "step", lambda self, *_: seen[-1].append(self.param_groups[0]["lr"]))
+    tiny(f"--optimizer {kind.__name__.lower()} --lr 0.8 {flags} --epochs 1.4")  # 1.4 times 3 steps
+    assert seen == [[size, size, pytest.approx(rate)] for size, rate in zip(sizes, rates)]
+
+
+@pytest.mark.parametrize("epochs, steps", [(1e-6, 1), (0.4, 1), (0.6, 2), (1.4, 4)])
+def test_epochs_may_be_a_fraction_but_a_run_has_at_least_one_step(epochs, steps, tiny):
+    tiny(f"--epochs {epochs} --name run")
+    assert (numbers("step")[-1], numbers("epoch")[-1]) == (steps, pytest.approx(steps / 3))
+
+
+@pytest.mark.parametrize("flags, preparations", [
+    ("", []),
+    ("--whiten", ["whiten", "start_as_identity"]),
+    ("--optimizer muon", ["freeze_scales", "follow_faster", "start_undecided"]),
+])  # fmt: skip
+def test_the_baseline_is_adam_on_random_weights_and_whitening_and_muon_prepare_the_net(flags, preparations):
+    images = data.normalize(load_tiny()[0][0])
+    torch.manual_seed(3)
+    model, optimizer = train.build(read_settings(f"{flags} --widths 32 24 --lr 0.3 --batch-size 50"), images)
+    torch.manual_seed(3)
+    expected = ConvNet((32, 24))
+    for name in preparations:
+        getattr(expected, name)(*[images] * (name == "whiten"))
+    (net,) = model.nets
+    torch.testing.assert_close(net.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-5)
+    assert [one.requires_grad for one in net.parameters()] == [one.requires_grad for one in expected.parameters()]
+    assert net.groups[0][2].momentum == expected.groups[0][2].momentum
+    assert net.stem.weight.is_contiguous(memory_format=torch.channels_last)  # up to twice as fast on a CPU
+    assert type(optimizer) is (Muon if "muon" in flags else torch.optim.Adam)
+    assert (optimizer.param_groups[0]["lr"], getattr(optimizer, "batch_size", 50)) == (0.3, 50)
+
+
+def test_each_net_of_an_ensemble_has_weights_of_its_own_and_sees_each_image_in_an_order_of_its_own(tiny, before):
+    seen = []
+    before(train, "backpropagate", lambda net, criterion, *batch: seen.append((net.head.weight.sum(), batch[1])))
+    tiny("--nets 2 --epochs 1")
+    assert seen[0][0] != seen[1][0]  # in the first step
+    one, other = (torch.cat([labels for _, labels in seen[first::2]]).tolist() for first in (0, 1))
+    assert one != other
+    assert sorted(one) == sorted(other) == sorted(load_tiny()[0][1].tolist())
+
+
+def test_validation_is_a_mean_over_all_images_and_tta_averages_views_of_the_least_certain_quarter(finished, before):
+    images = torch.randint(256, (260, 3, 32, 32), dtype=torch.uint8, generator=seeded())  # more than one part
+    labels = torch.randint(10, (260,), generator=seeded())
+    model = train.load(finished)
+    inputs = data.normalize(images)
+    with torch.no_grad():
+        logits = model(inputs)
+        averaged = sum(weight * model(view) for view, weight in data.views(inputs))
+    expected = {"val_loss": pytest.approx(F.cross_entropy(logits, labels).item())}
+    expected["val_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
+    assert train.evaluate(model.train(), images, labels, "fp32", tta=False) == expected  # in evaluation mode
+    certainty = logits.softmax(1).amax(1)
+    unsure = certainty <= certainty.sort().values[64]  # 65 of 260
+    logits[unsure] = averaged[unsure]
+    expected["val_accuracy_tta"] = (logits.argmax(1) == labels).double().mean().item()
+    before(train, "accuracy", lambda *given: torch.testing.assert_close(given, (logits, labels)))
+    assert train.evaluate(model, images, labels, "fp32", tta=True) == expected
+
+
+def test_held_out_images_are_validated_on_and_neither_trained_on_nor_whitened_by(tiny, before):
+    (images, labels), _ = load_tiny()
+    seen = []
+    before(train, "build", lambda settings, sample: seen.append(sample))
+    before(data, "Loader", lambda *given: seen.extend(given[:2]))
+    before(train, "evaluate", lambda model, *given: seen.extend(given[:2]))
+    tiny("--held-out 15 --epochs 1")
+    expected = data.normalize(images[:25]), images[:25], labels[:25], images[25:], labels[25:]
+    torch.testing.assert_close(tuple(seen), expected)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tiny):
+    tiny("--epochs 3 --name run")
+    assert collect() == collect(finished)
+    tiny("--epochs 3 --name other --seed 1")
+    one, other = train.load(finished).state_dict(), train.load(RUN.parent / "other").state_dict()
+    assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("weight"))
+
+
+@pytest.mark.parametrize("device, seconds, capability, precision", [
+    ("cpu", 0.7, None, "bf16"), ("cpu", 0.8, None, "fp32"),  # of the seconds that fp32 takes
+    ("cuda", None, (8, 0), "bf16"), ("cuda", None, (7, 5), "fp32"), ("mps", None, None, "fp32"),
+])  # fmt: skip
+def test_auto_precision_is_bf16_where_that_is_faster(device, seconds, capability, precision, monkeypatch):
+    monkeypatch.setattr(train, "time_product", {torch.bfloat16: seconds, torch.float32: 1}.get)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert train.choose_precision(device) == precision
+
+
+@pytest.mark.parametrize("flag, used", [("", "bf16"), ("--precision fp32", "fp32")])
+def test_training_and_validation_compute_in_the_precision_of_the_run(flag, used, tiny, before, monkeypatch):
+    monkeypatch.setattr(train, "choose_precision", lambda device: "bf16")
+    seen = []
+    before(train, "backpropagate", lambda *given: seen.append(given[4]))
+    before(train, "compute_logits", lambda *given: seen.append(given[2]))
+    tiny(f"--epochs 1 {flag}")
+    assert seen == [used] * 4  # three steps, and one part of the images to validate on
+
+
+def test_train_seconds_count_setup_and_steps_but_not_validation_and_go_on_after_a_resume(tiny, before, monkeypatch):
+    clock = [0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    for name, seconds in ("build", 10), ("backpropagate", 1), ("evaluate", 100):
+        before(train, name, lambda *_, seconds=seconds: clock.append(clock.pop() + seconds))
+    tiny("--epochs 1 --name run")
+    tiny(f"--epochs 2 --resume {RUN}")
+    assert numbers("train_seconds") == [13, 16]
+
+
+@pytest.mark.real_data
+def test_quick_reaches_75_percent(quick):
+    assert numbers("val_accuracy", quick)[-1] >= 0.75
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+def test_a_recipe_is_a_line_of_flags_which_help_shows_and_any_flag_beside_it_wins(tiny, monkeypatch):
+    monkeypatch.setitem(train.RECIPES, "mine", "--lr 0.2 --whiten --mirror --epochs 7")
+    for flags in "--lr 0.5 --recipe mine --no-mirror", "--no-mirror --recipe mine --lr 0.5":
+        settings = read_settings(flags)
+        assert (settings.lr, settings.mirror, settings.epochs, settings.whiten) == (0.5, False, 7, True)
+    shown = tiny("--recipe mine --help").stdout
+    assert "(default: 7.0)" in shown and "(default: True)" in shown and "(default: False)" in shown
+    monkeypatch.setitem(train.RECIPES, "mine", "--epoch-number 7")
+    assert "--epoch-number" in complain(tiny("--recipe mine"), 2)
+
+
+@pytest.mark.parametrize("flags, name", [
+    ("--data elsewhere --seed 3 --augment both --lr 1e-5", "mine-lr1e-05-both-seed3"),
+    ("--no-mirror --sizes 16:0.2 24:0.5 --label-smoothing 0.1",
+     "mine-lr0.2-none-sizes=16,0.2,24,0.5-mirror=False-label_smoothing=0.1-seed0"),
+])  # fmt: skip
+def test_the_folder_of_a_run_says_how_it_differs_from_its_recipe(flags, name, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.RECIPES, "mine", "--lr 0.2 --whiten --mirror")
+    experiments = tmp_path / "new" / "experiments"
+    settings, _ = train.read_settings([*flags.split(), "--recipe", "mine", "--experiments", str(experiments)])
+    assert train.make_folder(settings) == experiments / name
+
+
+def test_the_same_command_again_makes_a_new_folder_and_a_taken_name_is_refused(tiny):
+    for flags in 3 * ["--epochs 1"] + ["--epochs 1 --name Übung"]:
+        assert tiny(flags).returncode == 0
+    old = {path.parent.name: path.read_bytes() for path in Path().rglob("checkpoint.pt")}
+    name = "baseline-lr0.001-none-epochs=1.0-seed0"
+    assert old.keys() == {name, f"{name}-2", f"{name}-3", "Übung"}
+    assert "--name" in complain(tiny("--epochs 2 --name Übung"), 1)
+    assert old == {path.parent.name: path.read_bytes() for path in Path().rglob("checkpoint.pt")}
+
+
+def test_config_json_and_the_first_points_in_tensorboard_are_there_while_the_first_epoch_goes_on(tiny, before):
+    before(train, "backpropagate", Mock(side_effect=KeyboardInterrupt), [2])
+    tiny("--lr 0.01 --sizes 16:0.5 --name run")
+    config = json.loads((RUN / "config.json").read_text())
+    assert config.items() >= {"lr": 0.01, "sizes": [[16, 0.5]], "batch_size": 16, "precision": "fp32"}.items()
+    assert config["command"] == "python train.py --lr 0.01 --sizes 16:0.5 --name run"
+    assert torch.__version__ in config["versions"] and "1 threads" in config["versions"]
+    assert scalars().keys() == {("loss/train", 1), ("accuracy/train", 1)}
+
+
+def test_metrics_csv_has_a_row_for_each_epoch_and_tensorboard_each_point_once(finished):
+    columns = ["epoch", "step", "train_seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
+    assert list(rows(finished)[0]) == columns
+    assert (numbers("epoch", finished), numbers("step", finished)) == ([1, 2, 3], [3, 6, 9])
+    shown = scalars(finished)
+    assert len(shown) == 2 * (9 + 3)
+    for metric in train.METRICS:
+        for epoch, row in enumerate(rows(finished)):
+            assert shown[f"{metric}/val", 3 * epoch + 3] == pytest.approx(float(row[f"val_{metric}"]))
+            parts = [shown[f"{metric}/train", 3 * epoch + step] for step in (1, 2, 3)]
+            mean = (16 * parts[0] + 16 * parts[1] + 8 * parts[2]) / 40
+            assert mean == pytest.approx(float(row[f"train_{metric}"]))
+
+
+def test_a_tensorboard_server_shows_the_runs(finished):
+    board = program.TensorBoard()
+    board.configure(argv=[None, "--logdir", str(finished.parent), "--port", "0"])
+    address = board.launch()
+    for _ in range(9999):  # until it has read the files
+        with urllib.request.urlopen(f"{address}data/plugin/scalars/tags", timeout=30) as answer:
+            shown = json.load(answer)
+        if shown:
+            break
+    assert shown["run"].keys() == {"loss/train", "loss/val", "accuracy/train", "accuracy/val"}
+
+
+def test_a_new_metric_is_one_entry_and_reaches_table_and_tensorboard(tiny, monkeypatch):
+    monkeypatch.setitem(train.METRICS, "label", lambda logits, labels: labels.double())
+    tiny("--epochs 1 --name run")
+    for part, (_, labels) in zip(("train", "val"), load_tiny()):
+        assert numbers(f"{part}_label") == [pytest.approx(labels.double().mean().item())]
+        assert (f"label/{part}", 3) in scalars()
+
+
+def test_curves_png_shows_all_runs_with_points_and_whole_checkpoints(finished, tmp_path, capsys):
+    copy_run(finished, lambda saved: saved["progress"]["curves"].pop("val_accuracy"), tmp_path / "old")
+    copy_run(finished, lambda saved: saved["progress"]["curves"].clear(), tmp_path / "begun")
+    copy_run(finished, lambda saved: saved.clear(), tmp_path / "damaged")
+    copy_run(finished, folder=tmp_path / "whole")
+    figure = train.draw_curves(train.read_curves(tmp_path))
+    figure.savefig(tmp_path / "curves.png")
+    assert "damaged" in capsys.readouterr().err
+    for panel, metric, count in zip(figure.axes, ("loss", "accuracy"), (2, 1)):
+        assert len(panel.lines) == 2 * count
+        training, validation = panel.lines[-2:]
+        assert training.get_xdata() == pytest.approx([step / 3 for step in range(1, 10)])
+        assert validation.get_xdata() == pytest.approx([1, 2, 3])
+        assert validation.get_ydata() == pytest.approx(numbers(f"val_{metric}", finished))
+
+
+def test_load_returns_the_trained_net_with_which_readmes_snippet_classifies_a_picture(finished, tiny, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    folder, picture = re.findall(r'(?:load|read)\("(.*?)"', code)
+    shutil.copytree(finished, folder)
+    lenna = Image.open(ROOT / "Lenna.png").convert("RGB")
+    lenna.save(picture, "PNG")
+    exec(code, {})
+    model = train.load(folder)
+    assert train.evaluate(model, *load_tiny()[1], "fp32", tta=False)["val_loss"] == numbers("val_loss", finished)[-1]
+    pixels = torch.frombuffer(bytearray(lenna.reduce(16).tobytes()), dtype=torch.uint8)
+    logits = model(data.normalize(pixels.view(1, 32, 32, 3).permute(0, 3, 1, 2)))
+    best = [data.CLASSES[number] for number in logits[0].argsort(descending=True)]
+    assert re.findall(r"\d+% (\w+)", capsys.readouterr().out) == best[:3]
 
 
 @pytest.fixture
-def half_trained():
-    """A net that no longer says the same of all images, and 260 images with labels."""
-    images = torch.randint(256, (260, 3, 32, 32), dtype=torch.uint8, generator=seeded())
-    labels, inputs = torch.randint(10, (260,), generator=seeded()), data.normalize(data.to_float(images))
-    torch.manual_seed(0)
-    model, optimizer = train.build(settings_of("--lr", "1e-2", "--widths", "8,8,8"), inputs)
-    for _ in range(40):
-        train.train_step(model, optimizer, CrossEntropyLoss(), inputs[:40], labels[:40], "fp32")
-    return model, images, labels
+def is_held(monkeypatch, tmp_path):
+    """Runs take turns, as on a user's machine, with the lock in `tmp_path`; the function says whether one holds it."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def ask():
+        try:
+            with FileLock(*tmp_path.glob("train.py-*.lock"), timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    return ask
 
 
-def test_evaluate_returns_means_over_all_images_in_evaluation_mode(half_trained):
-    model, images, labels = half_trained
-    result = train.evaluate(model, images, labels, "fp32")
-    with torch.no_grad():
-        logits = model.eval()(data.normalize(data.to_float(images)))
-    assert list(result) == ["val_loss", "val_accuracy"]
-    assert result["val_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert result["val_accuracy"] == (logits.argmax(1) == labels).double().mean().item()
+def test_a_run_on_a_cpu_waits_for_another_one_and_says_so(is_held, capsys):
+    def wait():
+        with train.take_turn("cpu"):
+            return is_held()
+
+    with ThreadPoolExecutor(1) as pool:
+        with train.take_turn("cpu"):
+            waiting = pool.submit(wait)
+            while "OMP_NUM_THREADS" not in capsys.readouterr().out:
+                assert not waiting.done()
+        assert waiting.result()
 
 
-def test_test_time_augmentation_averages_views_of_the_least_certain_quarter_of_images(half_trained):
-    model, images, labels = half_trained
-    result = train.evaluate(model, images, labels, "fp32", tta=True)
-    inputs = data.normalize(data.to_float(images))
-    with torch.no_grad():
-        logits = model.eval()(inputs)
-        averaged = sum(weight * model(view) for view, weight in data.views(inputs))
-    sureness = logits.softmax(1).amax(1)
-    sure = sureness >= sureness.sort().values[len(labels) // 4]
-    averaged[sure] = logits[sure]
-    expected = (averaged.argmax(1) == labels).double().mean().item()
-    assert result["val_accuracy_tta"] == expected != result["val_accuracy"]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_evaluate_restores_the_mode_of_the_net(half_trained, training):
-    model, images, labels = half_trained
-    model.train(training)
-    train.evaluate(model, images[:20], labels[:20], "fp32")
-    assert model.training == training
-
-
-def test_muon_rate_falls_to_zero_and_images_grow(tiny, tmp_path, before):
-    def look(model, optimizer, criterion, images, *others):
-        seen.append((optimizer.param_groups[0]["lr"], *images.shape[2:]))
-
+def test_a_turn_is_an_epoch_with_its_validation(is_held, tiny, before):
     seen = []
-    before(train, "train_step", look)
-    flags = "--recipe dinner --epochs 1.5 --lr 0.8 --name run --sizes 16:0.5,24:0.75"
-    assert tiny(*flags.split()).returncode == 0
-    # 40 images in batches of 16 are 3 steps per epoch, so 4 in all
-    rates, sizes = [pytest.approx(0.8 * (1 - step / 4)) for step in range(4)], (16, 16, 24, 32)
-    assert seen == [*zip(rates, sizes, sizes, strict=True)]
-    first, last = rows(folder := tmp_path / "experiments/run")
-    assert [float(row["epoch"]) for row in (first, last)] == [1, 4 / 3]
-    assert first["val_accuracy_tta"] == "" and 0 <= float(last["val_accuracy_tta"]) <= 1  # takes time, so once only
-    points = [(step, rate) for tag, step, rate in scalars(folder) if tag == "learning_rate/train"]
-    assert points == [*zip(range(1, 5), rates, strict=True)]
+    for name in ("backpropagate", "evaluate", "describe"):
+        before(train, name, lambda *_, name=name: seen.append((name, is_held())))
+    tiny("--epochs 2")
+    assert seen == 2 * [*3 * [("backpropagate", True)], ("evaluate", True), ("describe", False)]
 
 
-@pytest.mark.parametrize("first, steps, ends", [(0, 1000, [*range(2, 49, 2), 49]), (3, 10, [5, 7, 9, 10])])
-def test_a_curve_point_is_the_mean_over_the_images_since_the_last_point(monkeypatch, first, steps, ends):
-    images, labels = torch.zeros(98, 3, 32, 32, dtype=torch.uint8), torch.arange(98) % 10
-    logits = 3 * torch.randn(98, 10, generator=seeded())
-    done = []  # the labels of each step
-
-    def step(model, optimizer, criterion, some, own, precision):
-        start = sum(map(len, done))
-        done.append(own)
-        return logits[start : start + len(own)], 0.5
-
-    monkeypatch.setattr(train, "train_step", step)
-    loader = data.Loader(images, labels, 2, "none", seeded())  # 49 steps per epoch
-    points = []
-    model = network.Ensemble([torch.nn.Identity()])
-    given = model, [FakeOptimizer()], [loader], settings_of(), first, steps, points.append
-    step, means = train.train_epoch(*given)
-    assert [point["step"] for point in points] == ends and step == ends[-1]
-    own, start = torch.cat(done), 0
-    losses = torch.nn.functional.cross_entropy(logits[: len(own)].double(), own, reduction="none")
-    measured = torch.stack((losses, (logits[: len(own)].argmax(1) == own).double()))
-    for point in points:
-        end = sum(map(len, done[: point["step"] - first]))
-        point_means = point["train_loss"], point["train_accuracy"]
-        assert point_means == pytest.approx(measured[:, start:end].mean(1).tolist(), rel=1e-6)
-        assert point["epoch"] == point["step"] / len(loader)
-        start = end
-    assert [*means.values()] == pytest.approx(measured.mean(1).tolist(), rel=1e-6)
+@pytest.mark.usefixtures("is_held")
+def test_no_run_waits_on_a_gpu_or_with_omp_num_threads_set_or_where_there_can_be_no_lock(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    with train.take_turn("cpu"), train.take_turn("cuda"):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+        with train.take_turn("cpu"):
+            monkeypatch.undo()
+            with train.take_turn("cpu"):
+                pass
 
 
-class FakeOptimizer:
-    param_groups = ({},)
+# --------------------------------------------------------------------------------------------------------- resuming
+@pytest.fixture(scope="module", params=["--epochs 2.4", "--recipe best --augment both --nets 2 --epochs 2.4"])
+def whole(request, tmp_path_factory):
+    """Flags of a run, and all in which one that is stopped and resumed must agree with it."""
+    return request.param, collect(make_run(tmp_path_factory.mktemp("whole"), request.param))
 
 
-def record(monkeypatch, name):
-    """The (arguments, result) of all calls of a function of train.py from now on."""
-    calls, function = [], getattr(train, name)
-
-    def call(*arguments):
-        calls.append((arguments, function(*arguments)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(train, name, call)
-    return calls
-
-
-def test_label_smoothing_affects_the_minimized_but_not_the_logged_loss(tiny, tmp_path, monkeypatch):
-    steps = record(monkeypatch, "train_step")
-    assert tiny("--epochs", 1, "--label-smoothing", 0.5, "--name", "run").returncode == 0
-    for (*_, labels, _), (logits, loss) in steps:
-        smoothed = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.5)
-        assert loss == pytest.approx(smoothed.item(), rel=1e-5)
-    labels, logits = (torch.cat(parts) for parts in zip(*((call[0][4], call[1][0]) for call in steps), strict=True))
-    expected = torch.nn.functional.cross_entropy(logits.double(), labels).item()
-    assert float(rows(tmp_path / "experiments/run")[0]["train_loss"]) == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize("place, name, call", [
+    (train, "backpropagate", 2), (train, "write_events", 5), (train, "evaluate", 2), (train, "write_metrics", 2),
+    (data, "write_file", 3), (os, "replace", 3), (train, "describe", 2),
+])  # fmt: skip
+def test_a_run_stopped_anywhere_resumes_to_the_bits_of_one_never_stopped(whole, place, name, call, tiny, before):
+    flags, expected = whole
+    before(place, name, Mock(side_effect=KeyboardInterrupt), [call])
+    assert tiny(f"{flags} --name run").returncode == 130
+    assert tiny(f"--resume {RUN}").returncode == 0
+    assert collect() == expected
 
 
-def test_whitening_sees_training_images_only(tiny, monkeypatch):
-    builds = record(monkeypatch, "build")
-    assert tiny("--epochs", 1).returncode == 0
-    (((_, images), _),) = builds
-    assert torch.equal(images, data.normalize(data.to_float(load_tiny(None)[0][0])))
+KILLED = """
+import os, pytest, conftest, train
+monkeypatch = pytest.MonkeyPatch()
+tiny = conftest.make_tiny(monkeypatch, ".")
+conftest.run_before(monkeypatch, train, "backpropagate", lambda *_: os.kill(os.getpid(), 9), [5])
+tiny("--epochs 3 --name run")
+"""
 
 
-def test_evaluation_uses_the_precision_of_the_run(tiny, monkeypatch):
-    forwards = record(monkeypatch, "forward")
-    assert tiny("--epochs", 1, "--precision", "bf16").returncode == 0
-    assert {precision for (_, _, precision), _ in forwards} == {"bf16"}
+def test_a_killed_run_resumed_ends_in_the_same_bits(finished, tiny):
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    assert subprocess.run([sys.executable, "-c", KILLED], env=variables).returncode in (-9, 9)  # on Windows, 9
+    assert len(rows()) == 1
+    assert tiny(f"--resume {RUN}").returncode == 0
+    assert collect() == collect(finished)
 
 
-def test_seed_changes_the_order_of_the_images(tiny, monkeypatch):
-    orders = []
-    for seed in (0, 0, 1):
-        steps = record(monkeypatch, "train_step")
-        assert tiny("--epochs", 1, "--seed", seed).returncode == 0
-        orders.append(torch.cat([labels for (*_, labels, _), _ in steps]))
-    assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
+def test_ctrl_c_exits_with_130_and_prints_the_command_that_goes_on(finished, tiny, before):
+    before(train, "backpropagate", Mock(side_effect=KeyboardInterrupt), [5])
+    outcome = tiny("--epochs 3 --name run")
+    assert outcome.returncode == 130
+    python, script, *flags = outcome.stdout.splitlines()[-1].split(": ")[1].split()
+    assert (python, script) == ("python", "train.py")
+    assert tiny(" ".join(flags)).returncode == 0
+    assert collect() == collect(finished)
 
 
-def test_each_net_of_an_ensemble_learns_each_image_in_an_order_of_its_own(tiny, tmp_path, monkeypatch):
-    steps, builds = record(monkeypatch, "train_step"), record(monkeypatch, "build")
-    assert tiny("--epochs", 1, "--nets", 2, "--name", "run").returncode == 0
-    orders = []
-    for turn, (_, pair) in enumerate(builds):
-        own = steps[turn::2]
-        assert all(given[:2] == pair for given, _ in own)  # the net and its optimizer
-        orders.append(torch.cat([given[4] for given, _ in own]))
-    labels = load_tiny(None)[0][1]
-    assert all(torch.equal(order.sort().values, labels.sort().values) for order in orders)
-    assert not torch.equal(*orders)
-    right = torch.cat([logits.argmax(1) == given[4] for given, (logits, _) in steps])
-    (row,) = rows(tmp_path / "experiments/run")
-    assert float(row["train_accuracy"]) == pytest.approx(right.double().mean().item())
-    result = train.evaluate(train.load(tmp_path / "experiments/run"), *load_tiny(None)[1], "fp32")
-    assert result["val_loss"] == pytest.approx(float(row["val_loss"]), rel=1e-5)
+def test_a_finished_run_resumed_stays_as_it_is_and_with_more_epochs_ends_as_a_longer_one(finished, tiny):
+    copy_run(finished)
+    assert tiny(f"--resume {RUN}").returncode == 0
+    assert collect() == collect(finished)
+    assert tiny(f"--resume {RUN} --epochs 4.4").returncode == 0
+    tiny("--epochs 4.4 --name longer")
+    assert collect() == collect(RUN.parent / "longer")
 
 
-def test_nets_of_an_ensemble_start_from_different_weights(tiny, monkeypatch, before):
-    builds = record(monkeypatch, "build")
-    before(train, "train_step", raising(KeyboardInterrupt()))
-    assert tiny("--nets", 2).returncode == 130
-    one, other = (net.groups[0][0].weight for _, (net, _) in builds)
-    assert not torch.equal(one, other)
+def test_more_epochs_keep_the_earlier_accuracy_with_test_time_augmentation(tiny):
+    tiny("--epochs 1 --tta --name run")
+    tiny(f"--resume {RUN} --epochs 3")
+    assert [row["val_accuracy_tta"] != "" for row in rows()] == [True, False, True]
 
 
-def test_train_seconds_exclude_validation(tiny, tmp_path, monkeypatch, before):
-    clock = [0]
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    before(train, "train_step", lambda *_: clock.append(clock.pop() + 1))
-    before(train, "evaluate", lambda *_: clock.append(clock.pop() + 100))
-    assert tiny("--epochs", 2, "--name", "run").returncode == 0
-    assert [float(row["train_seconds"]) for row in rows(tmp_path / "experiments/run")] == [3, 6]
+@pytest.mark.parametrize("begun, flag, old, new", [
+    ({}, "--lr", "0.001", "0.01"), ({}, "--epochs", "3.0", "2.0"), ({"decay": True}, "--epochs", "3.0", "4.0"),
+    ({"sizes": [(16, 0.5)]}, "--epochs", "3.0", "4.0"), ({"epochs": 2.5}, "--epochs", "2.5", "4.0"),
+])  # fmt: skip
+def test_a_flag_that_would_change_an_earlier_step_is_refused_with_both_values(begun, flag, old, new, finished, tiny):
+    copy_run(finished, lambda saved: saved["settings"].update(begun))
+    line = complain(tiny(f"--resume {RUN} {flag} {new}"), 2)
+    assert flag in line and old in line and new in line
 
 
-def test_each_epoch_prints_a_line_with_its_metrics(tiny, tmp_path):
-    outcome = tiny("--epochs", 1, "--tta", "--name", "run")
-    (row,) = rows(tmp_path / "experiments/run")
-    loss, accuracy, val_loss, val_accuracy, tta = (float(value) for value in [*row.values()][3:])
-    assert outcome.stdout.splitlines()[1].startswith(
-        f"step 3 of 3 (epoch 1): training loss {loss:.4f}, accuracy {accuracy:.2%}, validation loss {val_loss:.4f}, "
-        f"accuracy {val_accuracy:.2%}, with test-time augmentation {tta:.2%}, "
-    )
+@pytest.mark.parametrize("device, flags, used", [
+    ("cpu", "", "bf16"), ("cuda", "", "fp32"),  # kept on the same device, chosen anew on another one
+    ("cpu", "--precision fp32", "fp32"), ("cuda", "--device cpu --precision bf16 --data elsewhere", "bf16"),
+])  # fmt: skip
+def test_a_run_may_go_on_with_another_device_precision_or_data_folder(device, flags, used, finished, tiny):
+    copy_run(finished, lambda saved: saved["settings"].update(device=device, precision="bf16"))
+    assert tiny(f"--resume {RUN} --epochs 4 {flags}").returncode == 0
+    config = json.loads((RUN / "config.json").read_text())
+    assert (config["device"], config["precision"]) == ("cpu", used)
 
 
-def test_held_out_validates_on_the_last_training_images_and_trains_on_the_rest(tiny, tmp_path, before):
-    (images, labels), _ = load_tiny(None)
-    trained, validated = [], []
-    before(train, "train_step", lambda *given: trained.extend(given[4].tolist()))
-    before(train, "evaluate", lambda *given: validated.extend(given[1:3]))
-    assert tiny("--epochs", 1, "--held-out", 15).returncode == 0
-    assert sorted(trained) == sorted(labels[:25].tolist())
-    assert torch.equal(validated[0], images[25:]) and torch.equal(validated[1], labels[25:])
-    assert (tmp_path / "experiments/baseline-lr0.001-none-epochs=1-held-out=15-seed0/metrics.csv").exists()
-
-
-# ------------------------------------------------------------------------------------------------------------- settings
-def test_every_setting_has_a_flag_and_appears_in_run_name_config_and_events(tiny, tmp_path):
-    flags = "--epochs 1 --lr 0.1 --widths 8,12 --optimizer muon --mirror --whiten --sizes 16:0.2,24:0.6 --nets 2 --tta"
-    flags = (*flags.split(), "--label-smoothing", "0.1")
-    assert tiny(*flags).returncode == 0
-    folder = next((tmp_path / "experiments").glob("*/checkpoint.pt")).parent
-    assert folder.name == (
-        "baseline-lr0.1-none-epochs=1-widths=8,12-nets=2-sizes=16,0.2,24,0.6-whiten-mirror-optimizer=muon-label-smoothing=0.1-tta-seed0"
-    )
-    expected = {"widths": [8, 12], "nets": 2, "optimizer": "muon", "label_smoothing": 0.1}
-    expected["sizes"] = {"16": 0.2, "24": 0.6}
-    assert config(folder).items() >= expected.items()
-    assert [net.head.weight.shape for net in train.load(folder).nets] == [(10, 12), (10, 12)]
-    events = b"".join(path.read_bytes() for path in folder.glob("events.*"))
-    assert b"label_smoothing" in events and b"16:0.2,24:0.6" in events
-    assert "is finished" in tiny(*flags, "--resume").stdout  # what it holds was read the same
-
-
-def test_a_flag_overrides_the_recipe_before_or_after_it():
-    for flags in ("--lr 0.5 --recipe quick --no-mirror", "--no-mirror --recipe quick --lr 0.5"):
-        settings = settings_of(*flags.split())
-        assert (settings.lr, settings.mirror, settings.epochs) == (0.5, False, 0.38)
-
-
-MISUSE = {  # flags: what the line says
-    "--lr 0": "--lr: 0 must be from", "--lr nan": "--lr: nan must be from", "--lr 1e999": "--lr",
-    "--lr much": "--lr: invalid float value: 'much'",
-    "--epochs -1": "--epochs", "--epochs inf": "--epochs", "--batch-size 1": "--batch-size: 1 must be from 2 to 50,000",
-    "--epochs 1e300": "--epochs: 1e300 must be from 1e-06 to 1,000,000", "--batch-size 1e3": "--batch-size",
-    "--batch-size 2.5": "--batch-size", "--seed -1": "--seed",
-    f"--seed {30 * '9'}": "--seed",
-    "--held-out 49999": "--held-out: 49999 must be from 0 to 49,998", "--held-out .5": "--held-out",
-    "--label-smoothing 1.5": "--label-smoothing", "--label-smoothing nan": "--label-smoothing: nan must be from 0 to 1",
-    "--sizes 24:0.5,12:0.6": "--sizes: 12 must be from 16 to 64", "--sizes 24:nan": "--sizes: nan must be from 0 to 1",
-    "--sizes 24:0.6,20:0.2": "--sizes: 24:0.6,20:0.2 must have each size once, and growing shares",
-    "--sizes 16:0.2,24:0.5,16:0.7": "each size once", "--sizes 20": "--sizes", "--sizes 20:a": "--sizes",
-    "--widths 8,8,8,8": "8,8,8,8 has more than 3 widths", "--widths 8,0": "--widths: 0 must be from 1",
-    "--widths 8,x": "--widths: invalid widths value: '8,x'", "--widths=": "--widths", "--mirror maybe": "maybe",
-    "--mirror": "needs --whiten", "--recipe quick --widths 8,6": "--widths divisible by 4",
-    "--recipe quick --sizes 20:0.5": "--sizes divisible by 8", "--set tta=true": "--set",
-    "--device cuda:1": "CUDA_VISIBLE_DEVICES=1", "--precision fp16": "--precision",
-    "--augment sideways": "--augment", "--recipe cake": "--recipe", "--colour": "--colour",
-    "--device abacus": "--device", "--device cuda": "cuda cannot be used (",
-    "--name ../elsewhere": "--name", "--name ..\\elsewhere --resume": "--name", "--name=": "--name",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("flags, says", MISUSE.items(), ids=lambda text: text[:30])
-def test_invalid_arguments_print_one_line_and_create_nothing(tiny, tmp_path, flags, says):
-    outcome = tiny(*flags.split())
-    assert says in complain(outcome, 2)
-    assert len(outcome.stderr.strip().splitlines()) <= 2  # argparse's line of usage comes first
+# -------------------------------------------------------------------------------------------------- what goes wrong
+@pytest.mark.parametrize("flags", [
+    "--label-smoothing 2", "--held-out -5", "--held-out 50000", "--lr nan", "--seed -1", "--widths 0", "--batch-size 1",
+    "--sizes 16:0.6 24:0.2", "--sizes 12:0.5", "--sizes 24", "--mirror", "--widths 12 --mirror --whiten",
+    "--device cuda", "--recipe cake", "--colour red",
+])  # fmt: skip
+def test_misuse_gets_one_line_that_names_the_flag_and_makes_no_folder(flags, tiny, tmp_path):
+    assert flags.split()[0] in complain(tiny(flags), 2)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("recipe", train.RECIPES)
-def test_help_shows_each_flag_with_its_value_in_the_chosen_recipe(tiny, recipe):
-    text = " ".join(tiny("--recipe", recipe, "--help").stdout.split())
-    flags = set(re.findall(r" (--[a-z-]+)", text))
-    settings = vars(settings_of("--recipe", recipe))
-    assert flags >= {"--" + key.replace("_", "-") for key in settings}
-    assert text.count("(default: ") == len(settings) - 1  # --resume is off unless it is given
-    assert f"(default: {settings['lr']})" in text and f"(default: {settings['mirror']})" in text
+class Code:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
 
 
-# ----------------------------------------------------------------------------------------------- net, device, precision
-def build(*flags):
-    images = torch.randn(20, 3, 12, 12, generator=seeded())
-    torch.manual_seed(3)
-    return train.build(settings_of("--widths", "24,32,20", *flags), images)
+@pytest.mark.parametrize("word, change", [
+    ("missing", lambda path, saved: path.unlink()),
+    ("damaged", lambda path, saved: path.write_bytes(path.read_bytes()[:-100])),
+    ("damaged", lambda path, saved: torch.save(saved | {"code": Code()}, path)),
+    ("format", lambda path, saved: torch.save({"format": train.FORMAT - 1}, path)),
+    ("fit", lambda path, saved: torch.save(saved | {"model": {}}, path)),
+    ("fit", lambda path, saved: torch.save(saved | {"optimizer": {}}, path)),
+])  # fmt: skip
+def test_an_unusable_checkpoint_gets_a_line_that_says_why_and_code_in_it_is_not_run(word, change, finished, tiny):
+    copy_run(finished)
+    path = RUN / "checkpoint.pt"
+    change(path, torch.load(path, weights_only=True))
+    line = complain(tiny(f"--resume {RUN}"), 1)
+    assert "checkpoint.pt" in line and word in line
+    assert not Path("executed").exists()
 
 
-def test_the_baseline_trains_a_randomly_initialized_net_with_adam():
-    model, adam = build("--lr", "0.1")
-    assert isinstance(adam, torch.optim.Adam) and adam.defaults["lr"] == 0.1
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert model.stem.weight.is_contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
+def test_a_full_disk_ends_the_run_in_a_line_and_it_goes_on_later(finished, tiny, before):
+    before(os, "fsync", Mock(side_effect=OSError("No space left")), range(2, 7))  # after the first checkpoint
+    assert "No space left" in complain(tiny("--epochs 3 --name run"), 1)
+    assert not list(RUN.glob("*.part"))
+    assert tiny(f"--resume {RUN}").returncode == 0
+    assert collect() == collect(finished)
 
 
-def test_seed_changes_the_initial_weights(tiny, monkeypatch, before):
-    builds = record(monkeypatch, "build")
-    before(train, "train_step", raising(KeyboardInterrupt()))
-    for seed in (0, 0, 1):
-        assert tiny("--epochs", 1, "--seed", seed).returncode == 130
-    weights, same, other = (net.groups[0][0].weight for _, (net, _) in builds)
-    assert torch.equal(weights, same) and not torch.equal(weights, other)
+@pytest.mark.parametrize("function, named", [
+    ("write_config", "config.json"), ("write_metrics", "metrics.csv"), ("open_events", "TensorBoard"),
+    ("write_events", "TensorBoard"), ("draw_curves", "curves.png"),
+])  # fmt: skip
+def test_whatever_else_fails_to_be_written_gets_a_line_and_the_run_goes_on(function, named, finished, tiny, before):
+    before(train, function, Mock(side_effect=OSError("No space left")), [1])
+    outcome = tiny("--epochs 3 --name run")
+    assert outcome.returncode == 0
+    (line,) = outcome.stderr.splitlines()
+    assert named in line and "No space left" in line
+    torch.testing.assert_close(train.load(RUN).state_dict(), train.load(finished).state_dict(), rtol=0, atol=0)
 
 
-def test_whiten_makes_convolutions_start_as_the_identity():
-    model, _ = build("--whiten")
-    (first, second, third), x = (group[0] for group in model.groups), torch.randn(2, 24, 8, 8, generator=seeded())
-    assert torch.equal(model.stem.weight[2::4], -model.stem.weight[::4])
-    assert torch.equal(first(x), x)
-    assert torch.equal(second(x)[:, :24], x) and second(x)[:, 24:].std() > 0.1  # the other filters stay random
-    assert torch.equal(third(second(x)), second(x)[:, :20])
-
-
-def test_muon_freezes_scales_speeds_up_statistics_and_shrinks_the_head():
-    model, muon = build("--optimizer", "muon", "--whiten", "--lr", "0.1", "--batch-size", "20")
-    norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)}
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert len(norms) == 6
-    assert frozen == {"stem.weight", "stem.bias", "head.bias", *(f"{name}.weight" for name in norms)}
-    assert all((layer.weight == 1).all() and layer.momentum == 0.2 for layer in norms.values())
-    assert not model.head.bias.any()
-    assert model.head.weight.std().item() == pytest.approx(1 / 20, rel=0.2)
-    assert (muon.param_groups[0]["lr"], muon.batch_size, len(muon.state_dict()["velocities"])) == (0.1, 20, 13)
-
-
-def fail_on_cuda(monkeypatch):
-    """PyTorch sees a card of NVIDIA and cannot compute on it."""
-
-    def make(*shape, device):
-        if device == "cuda":
-            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nMore lines")
-        if device == "mps":
-            raise RuntimeError("no such device")
-        return zeros(*shape)
-
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", make)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-
-
-def test_auto_device_warns_about_an_unsupported_gpu_and_uses_the_cpu(monkeypatch, capsys):
-    fail_on_cuda(monkeypatch)
-    assert train.find_device("auto") == "cpu"
-    reason = "cuda cannot be used (CUDA error: no kernel image is available for execution on the device)"
-    assert capsys.readouterr().out.splitlines() == [f"{reason}: continuing without it"]
-
-
-def test_device_cuda_is_refused_on_an_unsupported_gpu(monkeypatch):
-    fail_on_cuda(monkeypatch)
-    with pytest.raises(train.UsageError, match=r"^cuda cannot be used .*no kernel image.*: try --device auto$"):
-        train.find_device("cuda")
-
-
-def test_auto_device_prints_nothing_on_a_machine_without_gpu(capsys):
-    assert train.find_device("auto") == train.find_device("cpu") == "cpu"
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("busy", [range(0), range(20, 45)])  # products during which the machine does something else
-@pytest.mark.parametrize("bf16, expected", [(0.5, "bf16"), (0.9, "fp32"), (14, "fp32")])
-def test_auto_precision_is_the_faster_one_despite_a_busy_moment(busy, bf16, expected, monkeypatch):
-    products = []
-
-    def time_product(statement, globals, number):
-        dtype = globals["matrix"].dtype
-        products.append(dtype)
-        return {torch.float32: 1, torch.bfloat16: bf16}[dtype] * (30 if len(products) - 1 in busy else 1)
-
-    monkeypatch.setattr(train.timeit, "timeit", time_product)
-    assert train.choose_precision("cpu") == expected and len(products) > 20
-
-
-@pytest.mark.parametrize("flag, precision", [("fp32", "fp32"), ("bf16", "bf16")])
-def test_precision_flag_overrides_auto(tiny, tmp_path, before, flag, precision):
-    seen = set()
-    before(train, "train_step", lambda *given: seen.add(given[-1]))
-    before(train, "evaluate", lambda *given: seen.add(given[3]))
-    assert tiny("--epochs", 1, "--precision", flag).returncode == 0
-    assert seen == {precision}
-
-
-# ------------------------------------------------------------------------------------------------------------ real data
-@pytest.mark.real_data
-def test_quick_recipe_gets_75_percent_on_the_real_cifar10(tmp_path):
-    command = [sys.executable, ROOT / "train.py", "--recipe", "quick", "--data", ROOT / "datasets"]
-    variables = os.environ | {"OMP_NUM_THREADS": "2"}  # the other tests have one thread
-    outcome = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
-    assert outcome.returncode == 0, outcome.stderr
-    (row,) = rows(next(tmp_path.glob("experiments/*/metrics.csv")).parent)
-    assert float(row["val_accuracy"]) >= 0.75
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(finished, tiny, monkeypatch):
+    copy_run(finished)
+    monkeypatch.setitem(train.METRICS, "loss", lambda logits, labels: labels * float("nan"))
+    assert "--lr" in complain(tiny(f"--resume {RUN} --epochs 4"), 1)
+    torch.testing.assert_close(train.load(RUN).state_dict(), train.load(finished).state_dict(), rtol=0, atol=0)
