@@ -83,7 +83,7 @@ def between(kind, low, high):
     return number
 
 
-def stage(text):
+def size_and_share(text):
     """ "16:0.2" -> (16, 0.2): train on images of 16x16 pixels until 0.2 of the steps are done."""
     size, share = text.split(":")
     return between(int, 16, 64)(size), between(float, 0, 1)(share)
@@ -130,7 +130,7 @@ def read_settings(arguments=None):
         help="channels of the net's groups of layers: wide ones learn more and cost more")
     add_number("--nets", 1, 1, 100,
         "train this many networks and average their logits: their mistakes differ (network.Ensemble)")
-    add("--sizes", default=[], type=stage, nargs="*",
+    add("--sizes", default=[], type=size_and_share, nargs="*",
         help="16:0.2 24:0.6 shrinks images to 16x16 until 0.2 of the steps are done, then to 24x24 until 0.6: "
              "small images cost less and show the coarse shapes, which a net learns first")
     add_switch("--whiten",
@@ -171,8 +171,8 @@ def read_settings(arguments=None):
     settings = parser.parse_args(arguments)
 
     shares = [share for _, share in settings.sizes]
-    if shares != sorted(set(shares)):
-        parser.error("--sizes must have shares that grow, such as 16:0.2 24:0.6")
+    if shares != sorted(set(shares)) or settings.widths[3:]:
+        parser.error("--sizes must have shares that grow, such as 16:0.2 24:0.6, and --widths at most 3 numbers")
     divisor = math.gcd(*settings.widths, *dict(settings.sizes))
     if settings.mirror and (divisor % 8 or not settings.whiten):
         parser.error("--mirror needs --whiten, and --widths and --sizes divisible by 8")
@@ -187,7 +187,7 @@ def read_settings(arguments=None):
 def check_device(device, parser):
     """Refuse a device on which this PyTorch cannot compute."""
     try:
-        torch.ones(1, device=device).exp().item()
+        torch.ones(1, device=device).exp()
     except Exception as problem:  # no such device, or not one that this PyTorch supports
         parser.error(f"--device {device} cannot be used ({shorten(problem)}): try --device cpu")
 
@@ -361,7 +361,7 @@ def make_folder(settings):
         except FileExistsError:
             if settings.name:
                 raise RunError(
-                    f"{folder} is there already: choose another --name, or go on with --resume {folder}"
+                    f'{folder} is there already: choose another --name, or go on with --resume "{folder}"'
                 ) from None
         folder = experiments / f"{name}-{number}"
 
@@ -382,7 +382,7 @@ def read_checkpoint(folder):
 
 
 def load(folder):
-    """The trained Ensemble of a run, in evaluation mode, on the CPU; RunError if it cannot be loaded."""
+    """The trained Ensemble of a run, in evaluation mode, on the CPU; RunError if none is there."""
     saved = read_checkpoint(folder)
     settings = argparse.Namespace(**saved["settings"])
     nets = [ConvNet(settings.widths, settings.mirror) for _ in range(settings.nets)]
@@ -582,12 +582,12 @@ def run():
         train(settings, train_set, val_set, folder, saved)
     except (KeyboardInterrupt, OSError):
         if (folder / "checkpoint.pt").exists():
-            print(f"\nto go on after its last epoch: python train.py --resume {folder} --device {settings.device}")
+            print(f'\nto go on after its last epoch: python train.py --resume "{folder}" --device {settings.device}')
         raise
     curves = folder.parent / "curves.png"
     with survive(f"draw {curves}"):
         figure = draw_curves(read_curves(folder.parent))
-        figure.savefig(curves, dpi=110)
+        figure.savefig(curves)
     print(f"finished: {folder / 'metrics.csv'}, curves of all runs in {curves}")
 
 

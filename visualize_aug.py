@@ -26,16 +26,14 @@ def read(path, size=None):
     Args:
         path: the picture.
         size: None shrinks a large picture to at most 1,024 pixels each way. With a number it is the square in the
-            middle, shrunk to size x size pixels: each is the mean of exactly the area that it covers.
+            middle, shrunk to size x size pixels: each is the mean of the pixels whose middles it covers.
 
     Raises:
         OSError: there is no such file, or it is not a picture, or it is damaged.
     """
     with Image.open(path) as file:
-        if not size:
-            file.draft(
-                None, (SIZE, SIZE)
-            )  # decode a large JPEG at a half, a quarter or an eighth: fast, in less memory
+        if not size:  # decode a large JPEG at a half, a quarter or an eighth: fast, in less memory
+            file.draft(None, (SIZE, SIZE))
         picture = ImageOps.exif_transpose(file)  # upright, as the camera was held
     if picture.mode.startswith("I"):  # 16 bits per pixel: keep the upper eight
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))

@@ -1,271 +1,284 @@
-"""Make every table and picture of README again, from real runs on the real data.
+"""Draw every picture and write every measured number of README again, from what results/ holds.
 
-    python results/make.py                 train the runs missing from results/runs.csv, then draw (all: 4 hours)
-    python results/make.py rates           train for one study only: rates, augmentation, tricks or speed
-    python results/make.py none            train nothing, only draw
+    python results/make.py          takes seconds, in any clone: it needs neither CIFAR-10 nor a trained net
+    python results/make.py train    first trains the runs that runs.csv lacks; to measure one again, delete its row
 
-Pictures of single runs are drawn from their folders in experiments/report/.
+curves.csv has the points of Figures 2 and 4, mistakes.npz the answers of Figure 5, measured.csv what else was measured.
 """
 
-import argparse
-import itertools
-import shlex
+import csv
+import os
+import re
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import torch
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import data
-import network
 import train
 import visualize_aug
-from results import runs
-from results.runs import find
 
-
-# ----------------------------------------------------------------------------------------------------------- tables
-def write_spread(values):
-    """The mean and, if there are several values, their standard deviation."""
-    if len(values) > 1:
-        return f"{statistics.mean(values):.2%} ± {100 * statistics.stdev(values):.2f}"
-    return f"{values[0]:.2%}" if values else ""
-
-
-def write_mean(values):
-    return f"{statistics.mean(values):.3f}"
-
-
-def write_median(values):
-    return f"{statistics.median(values):.0f}"
-
-
-CELLS = {  # column of a table: (column of runs.csv, how to write the values of all seeds)
-    "runs": ("seed", lambda values: f"{len(values)}"),
-    "training accuracy": ("train_accuracy", write_spread),
-    "validation accuracy": ("val_accuracy", write_spread),
-    "lowest": ("val_accuracy", lambda values: f"{min(values):.2%}"),
-    "with test-time augmentation": ("val_accuracy_tta", write_spread),
-    "training loss": ("train_loss", write_mean),
-    "validation loss": ("val_loss", write_mean),
-    "seconds": ("train_seconds", write_median),
-    "whole command": ("whole_seconds", write_median),
-    "memory": ("peak_gib", lambda values: f"{max(values):.1f} GiB"),
+matplotlib.rcParams["font.size"] = 13
+RESULTS = ROOT / "results"
+COLUMNS = ("settings", "seed", "step", "train_seconds", "whole_seconds", "peak_gib", "train_loss", "train_accuracy")
+COLUMNS += ("plain_accuracy", "val_loss", "val_accuracy", "val_accuracy_tta")
+RATES = {rate: f"--lr {rate}" for rate in ("1e-3", "1e-4", "1e-5")}
+AUGMENTATIONS = {name: f"--lr 1e-3 --augment {name}" for name in data.AUGMENTATIONS}
+RECIPES = {name: f"--recipe {name}" for name in train.RECIPES}
+BASELINE, QUICK, BEST = RATES["1e-3"], RECIPES["quick"], RECIPES["best"]
+PLAIN = f"{QUICK} --sizes --label-smoothing 0"
+ADAM = f"{PLAIN} --no-mirror --no-whiten --optimizer adam --lr"
+TRICKS = {
+    "Adam at 1e-3, the best of three constant rates": f"{ADAM} 1e-3 --no-decay",
+    "Adam, falling from 3e-3 to 0": f"{ADAM} 3e-3",
+    "Muon, falling from 0.22 to 0": f"{PLAIN} --no-mirror --no-whiten",
+    "+ whitened stem, identity start": f"{PLAIN} --no-mirror",
+    "+ mirrored filters": PLAIN,
+    "+ label smoothing": f"{QUICK} --sizes",
+    "+ small pictures first: `quick`": QUICK,
+    "`coffee` without small pictures": "--recipe coffee --sizes",
+    "`coffee` with color": "--recipe coffee --augment both",
+    "`lunch` with two nets": "--recipe lunch --nets 2",
 }
-RESULT = ("runs", "training accuracy", "validation accuracy")
-SPEED = ("lowest", "with test-time augmentation", "seconds", "whole command", "memory")
-TABLES = {  # head of the first column: {row's label: run}, the other columns
-    "`--lr`": (runs.RATES, (*RESULT, "training loss", "validation loss")),
-    "`--augment`": (runs.AUGMENTATIONS, RESULT),
-    "`--recipe`": (runs.LADDER, ("runs", "validation accuracy", *SPEED)),
-    "`quick`, trick by trick: each row adds to those above": (runs.TRICKS, ("runs", "validation accuracy", "seconds")),
+OTHER_RATES = [f"{ADAM} 3e-3 --no-decay", f"{ADAM} 8e-3 --no-decay"]
+PEER = ("peer, accuracy", "peer, seconds", "dinner beside the peer, seconds")
+FP32 = f"{QUICK} --precision fp32"
+SEEDS = dict.fromkeys([*RATES.values(), *TRICKS.values(), FP32], 1)  # how many of each run
+SEEDS |= dict.fromkeys([command for command in [*TRICKS.values(), *OTHER_RATES] if QUICK in command], 5)
+SEEDS |= dict.fromkeys([*AUGMENTATIONS.values(), *RECIPES.values()], 3) | {QUICK: 10}
+
+
+def read_table(name):
+    with open(RESULTS / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_table(name, rows):
+    with open(RESULTS / name, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def read_settings(command):
+    return train.read_settings([*command.split(), "--device", "cpu"])[0]
+
+
+def write_settings(command):
+    """All that decides what a run computes, but for its seed, as text: rows of runs.csv count by it."""
+    left_out = ("recipe", "resume", "seed", "device", "data", "experiments", "name", "command")
+    pairs = [f"{key}={value}" for key, value in vars(read_settings(command)).items() if key not in left_out]
+    return re.sub(r"[\[\]()]", "", " ".join(pairs).replace(", ", ","))
+
+
+def find(command, column):
+    """The values of a column of runs.csv for all seeds of a run, without those that were not measured."""
+    settings = write_settings(command)
+    texts = [row[column] for row in read_table("runs.csv") if row["settings"] == settings]
+    return [float(text) for text in texts if text]
+
+
+def train_run(command, seed):
+    """Train one run, or go on with it, in a process of its own, and write down what it measured."""
+    folder = ROOT / "experiments" / "report" / re.sub(r"[^\w.]+", "-", f"run {command} seed {seed}")
+    arguments = [*command.split(), "--seed", str(seed), "--experiments", str(folder.parent), "--name", folder.name]
+    if (folder / "checkpoint.pt").exists():
+        arguments = ["--resume", str(folder)]
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "train.py", *arguments, "--device", "cpu"], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"make.py: failed: python train.py {command} --seed {seed}")
+    spent = {"whole_seconds": time.perf_counter() - start, "peak_gib": usage.ru_maxrss / 2**20}
+    (images, labels), (val_images, val_labels) = data.load_cifar10(ROOT / "datasets")
+    model, progress = train.load(folder), train.read_checkpoint(folder)["progress"]
+    plain = train.evaluate(model, images[:10_000], labels[:10_000], "fp32", tta=False)["val_accuracy"]
+    row = progress["rows"][-1] | spent | {"plain_accuracy": plain, "settings": write_settings(command), "seed": seed}
+    write_table("runs.csv", [*read_table("runs.csv"), {column: row.get(column, "") for column in COLUMNS}])
+    if seed == 0 and command in [*RATES.values(), BEST]:
+        points = [point for point in read_table("curves.csv") if point["run"] != command]
+        for curve, lists in progress["curves"].items():
+            points += [{"run": command, "curve": curve, "epoch": epoch, "value": value} for epoch, value in zip(*lists)]
+        write_table("curves.csv", points)
+    if seed == 0 and command == BEST:
+        certainty, answers = train.predict(model, val_images, "fp32", tta=False).softmax(1).max(1)
+        wrong = (answers != val_labels).nonzero().flatten()
+        surest = wrong[certainty[wrong].argsort(descending=True)][:12]
+        kept = {"answers": answers.byte(), "certainty": certainty.half(), "labels": val_labels.byte()}
+        np.savez_compressed(RESULTS / "mistakes.npz", **kept, surest=surest, pixels=val_images[surest].movedim(1, 3))
+
+
+def mean(command, column="val_accuracy", digits=1):  # in percent
+    return f"{100 * statistics.mean(find(command, column)):.{digits}f}"
+
+
+def spread(command, column):
+    values = find(command, column)
+    deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(command, column, 2)}%{deviation}" if values else ""
+
+
+def median(command, column, unit=1):
+    value = statistics.median(find(command, column)) / unit
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+CELLS = {  # column of a table: what it says of a run
+    "runs": lambda run: f"{len(find(run, 'seed'))}",
+    "training accuracy": lambda run: spread(run, "plain_accuracy"),
+    "validation accuracy": lambda run: spread(run, "val_accuracy"),
+    "gap": lambda run: f"{float(mean(run, 'plain_accuracy', 4)) - float(mean(run, digits=4)):.1f} points",
+    "training loss": lambda run: f"{statistics.mean(find(run, 'train_loss')):.3f}",
+    "validation loss": lambda run: f"{statistics.mean(find(run, 'val_loss')):.3f}",
+    "lowest": lambda run: f"{min(find(run, 'val_accuracy')):.2%}",
+    "with views": lambda run: spread(run, "val_accuracy_tta"),
+    "seconds": lambda run: median(run, "train_seconds"),
+    "whole command": lambda run: median(run, "whole_seconds"),
+    "memory": lambda run: f"{max(find(run, 'peak_gib')):.1f} GiB",
 }
-# For comparison, (name, seconds of training, accuracy in %): KellerJordan/cifar10-airbench, airbench94_muon.py at
-# commit f1c599c, run once on the same cores. It says cpu for cuda, bfloat16 for half and time.perf_counter for CUDA's
-# events, and nothing is compiled. The accuracy is with its own test-time augmentation.
-PEER = ("airbench94_muon", 1021, 93.94)
+GAP = "runs, training accuracy, validation accuracy, gap"
+TABLES = {  # head of the first column: its rows, the other columns
+    "`--lr`": (RATES, f"{GAP}, training loss, validation loss"),
+    "`--augment`": (AUGMENTATIONS, GAP),
+    "`--recipe`": (RECIPES, "runs, validation accuracy, lowest, with views, seconds, whole command, memory"),
+    "trick by trick": (TRICKS, "runs, validation accuracy, seconds"),
+}
 
 
-def write_table(rows, head):
-    """One of TABLES as Markdown, without missing runs."""
-    named, columns = TABLES[head]
-    lines = [[head, *columns], ["---"] * (1 + len(columns))]
-    for text, run in named.items():
-        if find(rows, run, "seed"):
-            lines.append([text])
-            for key, write in map(CELLS.get, columns):
-                lines[-1].append(write(find(rows, run, key)))
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+def list_sentences():  # (a sentence of README, with {} for each number that was measured; the numbers)
+    measured = {row["what"]: row["value"] for row in read_table("measured.csv")}
+    slowest = max(float(value) for what, value in measured.items() if "batch norm" in what)
+    fp32 = statistics.median(find(FP32, "train_seconds")) / statistics.median(find(QUICK, "train_seconds"))
+    fast = [mean(QUICK), median(QUICK, "train_seconds"), median(QUICK, "whole_seconds")]
+    good = [mean(BEST), median(BEST, "train_seconds", 60), median(BEST, "whole_seconds", 60)]
+    row = {column: (find(BASELINE, column) or [None])[0] for column in COLUMNS[2:]}
+    line = train.describe({key: row[key] for key in row if row[key]} | {"epoch": 5}, 1955)
+    return [
+        ("reaches {}% after {} seconds of training (whole command: {} seconds)", fast),
+        ("and {}% after {} minutes ({} minutes)", good),
+        (re.sub(r"\d+\.\d+", "{}", line), re.findall(r"\d+\.\d+", line)),
+        ("A CPU without bf16 needs {} times as long", [f"{fp32:.1f}"]),
+        ("reached {}% in {} seconds, where `dinner` took {}", [measured[what] for what in PEER]),
+        ("batch norm takes up to {} times as long", [f"{slowest:.1f}"]),
+    ]
 
 
-def write_tables(rows):
-    """All tables; README shows them line by line."""
-    return "\n".join(write_table(rows, head) for head in TABLES)
+def write_readme(text):
+    """README's text, with everything that was measured written again."""
+    changes = {}  # a pattern, with a group for each part that stays: what comes after each of them
+    for head, (runs, columns) in TABLES.items():
+        lines = [[head, *columns.split(", ")], ["---"] * (2 + columns.count(", "))]
+        lines += [[name, *(CELLS[column](run) for column in columns.split(", "))] for name, run in runs.items()]
+        table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        changes[rf"()\| {head} \|.*\n(?:\|.*\n)+"] = [table]
+    for sentence, values in list_sentences():
+        parts = [f"({re.escape(part)})".replace("\\ ", r"\s+") for part in sentence.split("{}")]
+        changes[r"\d+(?:[.,]\d+)*".join(parts)] = [*values, ""]
+    for pattern, values in changes.items():
+        match = re.search(pattern, text) or sys.exit(f"make.py: README.md lacks {pattern}: mend it, or list_sentences")
+        new = "".join(part + value for part, value in zip(match.groups(), values))
+        text = text[: match.start()] + new + text[match.end() :]
+    return text
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
-def save(figure, name):
-    train.save_picture(figure, runs.RESULTS / name)
-    print(f"wrote results/{name}", flush=True)
-
-
-def find_shapes(model):
-    """The shapes of an image and of each part's output, from a forward pass."""
-    images = torch.zeros(1, 3, data.SIZE, data.SIZE)
-    shapes = [images.shape[1:]]
-    for part in (model.stem, *model.groups, model.head):
-        part.register_forward_hook(lambda layer, inputs, output: shapes.append(output.shape[1:]))
-    model(images)
-    return shapes
-
-
-def draw_network():
-    """How the shape of an image changes from part to part of the baseline's net."""
-    model = network.ConvNet()
-    words = {"Conv2d": "conv 3x3", "MaxPool2d": "max pool", "BatchNorm2d": "batch norm", "SiLU": "SiLU"}
-    groups = [[words[type(layer).__name__] for layer in group] for group in model.groups]
-    layers = [[], ["conv 2x2", "SiLU"], *groups, ["max over pixels", "linear"]]
-    titles = ("image", "stem", "group 1", "group 2", "group 3", "head")
-    figure = Figure(figsize=(7.2, 7), layout="constrained")
-    figure.suptitle("channels (width of a box) x height x width after each part", fontsize=15)
-    rows = figure.subplots(2, 1)
-    for number, (channels, *sides) in enumerate(find_shapes(model)):
-        axes, middle = rows[number // 3], 40 * (number % 3)
-        height = sides[0] if sides else 1
-        color = train.COLORS[5 if sides else 4]
-        axes.bar(middle, height, channels / 5, -height / 2, color=color, edgecolor="black")
-        shape = " x ".join(map(str, (channels, *sides)))
-        axes.text(middle, 19, f"{titles[number]}\n{shape}", ha="center", fontsize=15)
-        axes.text(middle, -19, "\n".join(layers[number]), ha="center", va="top", fontsize=13)
-        axes.set(xlim=(-20, 100), ylim=(-58, 30))
-        axes.axis("off")
-    save(figure, "network.png")
-
-
-def draw_ladder(rows):
-    """Accuracy against time, of every recipe and of PEER, and what the assignment asks for."""
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
-    axes = figure.subplots()
-    label = {"textcoords": "offset points", "fontsize": 13}
-    blue, orange = train.COLORS[:2]
-    ring = {"fillstyle": "none", "markersize": 9}
-    for name, run in runs.LADDER.items():
-        if accuracies := find(rows, run, "val_accuracy"):
-            point = statistics.median(find(rows, run, "train_seconds")), 100 * statistics.mean(accuracies)
-            axes.plot(*point, "o", color=blue, markersize=9)
-            axes.annotate(f"{name}\n{point[1]:.1f}%", point, (0, 11), ha="center", va="bottom", **label)
-            if augmented := find(rows, run, "val_accuracy_tta"):
-                axes.plot(point[0], 100 * statistics.mean(augmented), "o", color=blue, **ring)
-    name, *point = PEER
-    axes.plot(*point, "s", color=orange, **ring)
-    axes.annotate(f"{name}\n{point[1]:.1f}%", point, (0, -9), ha="center", va="top", color=orange, **label)
+def draw_ladder():
+    """Validation error against time: every recipe, and what the assignment asks for."""
+    axes = (figure := Figure(figsize=(8, 5), layout="constrained")).subplots()
+    axes.fill_between((1, 1800), 25, 3, color="0.93")
+    axes.text(2.3, 3.3, "what the assignment asks for:\n75%, within half an hour", va="top")
+    label, ring = {"textcoords": "offset points", "ha": "center"}, {"fillstyle": "none", "markersize": 9, "ls": "none"}
+    blue = train.COLORS[0]
+    for name, run in RECIPES.items():
+        spent = statistics.median(find(run, "train_seconds"))
+        axes.plot(spent, 100 - float(mean(run)), "o", color=blue, markersize=9)
+        axes.annotate(f"{name}\n{mean(run)}%", (spent, 100 - float(mean(run))), (0, -9), va="top", **label)
+        if find(run, "val_accuracy_tta"):
+            axes.plot(spent, 100 - float(mean(run, "val_accuracy_tta")), "o", color=blue, **ring)
     axes.plot([], [], "o", color=blue, label="with test-time augmentation", **ring)
-    axes.legend(loc="upper left", fontsize=13, frameon=False, handletextpad=0.2)
-    axes.axhline(75, color="black", linewidth=1)
-    axes.plot(1800, 75, "X", color="black", markersize=10)
-    asked = "the assignment: 75%, within half an hour"
-    axes.annotate(asked, (1800, 75), (0, -10), ha="right", va="top", **label)
-    axes.set(xscale="log", xlim=(4, 2600), ylim=(70, 100))
-    axes.set_xlabel("seconds of training, two CPU cores", fontsize=13)
-    axes.set_ylabel("validation accuracy, %", fontsize=13)
-    ticks = [5, 10, 30, 60, 120, 300, 600, 1800]
-    axes.set_xticks(ticks, ticks)
-    axes.tick_params(labelsize=12)
+    axes.legend(loc="lower right", frameon=False, handletextpad=0.2)
+    axes.set(xscale="log", yscale="log", xlim=(2, 3000), ylim=(32, 3))
+    axes.set(xlabel="seconds of training, two CPU cores", ylabel="validation error")
+    axes.set_xticks(ticks := [2, 5, 10, 30, 60, 120, 300, 600, 1800], ticks)
+    axes.set_yticks(ticks := [25, 20, 15, 10, 7, 5], [f"{tick}%" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    save(figure, "ladder.png")
+    return figure
 
 
-def are_there(name, rows, wanted):
-    """Whether the folders of these runs, seed 0, are there and finished; if not, it prints how to make them."""
-    complete = True
-    for run in wanted:
-        path = runs.find_folder(run, 0) / "checkpoint.pt"
-        try:
-            done = train.read_checkpoint(path)["rows"][-1]["step"]
-        except train.UsageError:  # there is none, or one of older code
-            done = 0
-        if done not in find(rows, run, "step"):
-            complete = False
-            command = f"python train.py {run} --experiments experiments/report --name {path.parent.name} --resume"
-            print(f"results/{name} is not drawn again; its run is missing or unfinished. To train it: {command}")
-    return complete
+def draw_curves(commands):
+    """train.py's picture of some runs, with their names at the ends of their lines (Figures 2 and 4)."""
+    runs = {command: {} for command in commands}
+    for row in read_table("curves.csv"):
+        if row["run"] in runs:
+            epochs, values = runs[row["run"]].setdefault(row["curve"], ([], []))
+            epochs.append(float(row["epoch"]))
+            values.append(float(row["value"]))
+    figure = train.draw_curves(runs)
+    figure.legends[0].remove()
+    figure.suptitle("thin: training, strong: validation")
+    for panel in figure.axes:
+        for line in panel.lines[1::2]:
+            x, y = line.get_data()
+            panel.annotate(line.get_label(), (x[-1], y[-1]), (6, 0), textcoords="offset points", color=line.get_color())
+        panel.set_xlim(0, 1.35 * x[-1])
+    return figure
 
 
-def draw_rates(rows, curves):
-    """Figure 2: the curves at three learning rates, seed 0."""
-    if are_there("figure2.png", rows, runs.RATES.values()):
-        named = {}
-        for rate, run in runs.RATES.items():
-            named[f"learning rate {rate}"] = curves[runs.find_folder(run, 0).name]
-        save(train.draw_curves(named), "figure2.png")
+def draw_best():
+    """Figure 4: the curves of `best`, and where its training goes on to larger images."""
+    figure, settings = draw_curves([BEST]), read_settings(BEST)
+    for panel in figure.axes:
+        for size, (_, share) in zip((24, 32), settings.sizes):
+            panel.axvline(epoch := share * settings.epochs, color="black", linestyle=":")
+            panel.text(epoch, 0.5, f" from here\n {size}x{size} pixels", transform=panel.get_xaxis_transform())
+    first = figure.axes[1].lines[1].get_xydata()[0]
+    figure.axes[1].text(*first, "  so far, the net has\n  seen 16x16 pixels only", va="top")
+    return figure
 
 
-def draw_best(rows, curves):
-    """Figure 4: the curves of the best recipe, seed 0, and where training goes on to larger images."""
-    run = runs.LADDER["best"]
-    if are_there("figure4.png", rows, [run]):
-        settings = train.read_settings(shlex.split(run))
-        figure = train.draw_curves({run: curves[runs.find_folder(run, 0).name]})
-        larger = [*settings.sizes, data.SIZE][1:]
-        for size, share in zip(larger, settings.sizes.values(), strict=True):
-            epoch = share * settings.epochs
-            for panel in figure.axes:
-                panel.axvline(epoch, color="black", linestyle=":")
-                panel.text(epoch, 0.98, f" {size} pixels", va="top", transform=panel.get_xaxis_transform())
-        save(figure, "figure4.png")
-
-
-def draw_mistakes(rows):
-    """Figure 5: the confusions of the best recipe, seed 0, on the test images, and its surest mistakes."""
-    run = runs.LADDER["best"]
-    if not are_there("figure5.png", rows, [run]):
-        return
-    images, labels = data.load_cifar10(runs.ROOT / "datasets")[1]
-    model = train.load(runs.find_folder(run, 0))
-    certainty, answers = train.predict(model, images, "fp32").softmax(1).max(1)
+def draw_mistakes():
+    """Figure 5: the confusions of `best` on the test images, and its surest mistakes."""
+    kept, shares = np.load(RESULTS / "mistakes.npz"), np.zeros((10, 10))
+    answers, labels = kept["answers"], kept["labels"]
+    np.add.at(shares, (labels, answers), 0.1)  # each class has 1,000 images
     figure = Figure(figsize=(7.2, 11.5), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(6.2, 5.3))
-
     axes = top.subplots()
-    counts = torch.bincount(10 * labels + answers, minlength=100).view(10, 10)
-    shares = 100 * counts / counts.sum(1, keepdim=True)
-    axes.imshow(shares.numpy(), cmap="Oranges", vmax=12)
-    for row, column in itertools.product(range(10), repeat=2):
-        share = shares[row, column]
-        text, shade = (f"{share:.0f}", "white") if row == column else (f"{share:.1f}", "black")
-        axes.text(column, row, text, ha="center", va="center", fontsize=12, color=shade)
-    axes.set_xticks(range(10), data.CLASSES, rotation=60, ha="right", rotation_mode="anchor", fontsize=13)
-    axes.set_yticks(range(10), data.CLASSES, fontsize=13)
-    axes.set_xlabel("predicted class", fontsize=14)
-    axes.set_ylabel("true class (the label)", fontsize=14)
-    axes.set_title("Predictions for each class, in percent", fontsize=14)
-
-    bottom.suptitle("Its surest mistakes", fontsize=14)
-    wrong = torch.nonzero(answers != labels).flatten()
-    surest = wrong[certainty[wrong].argsort(descending=True)][:12]
-    for index, panel in zip(surest, bottom.subplots(3, 4).flat, strict=True):
-        panel.imshow(images[index].permute(1, 2, 0).numpy())
-        answer, label = data.CLASSES[answers[index]], data.CLASSES[labels[index]]
-        panel.set_title(f"says {answer}\nlabel {label}", fontsize=12)
+    axes.imshow(shares, cmap="Oranges", vmax=12)
+    for row, column in np.ndindex(10, 10):
+        color, text = "white" if row == column else "black", f"{shares[row, column]:.1f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=11, color=color)
+    axes.set_xticks(range(10), data.CLASSES, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(10), data.CLASSES)
+    axes.set(xlabel="predicted class", ylabel="true class (the label)", title="Predictions for each class, in percent")
+    bottom.suptitle("Its surest mistakes")
+    for index, pixels, panel in zip(kept["surest"], kept["pixels"], bottom.subplots(3, 4).flat):
+        panel.imshow(pixels)
+        panel.set_title(f"says {data.CLASSES[answers[index]]}\nlabel {data.CLASSES[labels[index]]}", fontsize=12)
         panel.axis("off")
-    save(figure, "figure5.png")
+    return figure
 
 
 def main():
-    data.prepare_script()
-    parser = argparse.ArgumentParser(description="Make every table and picture of README again.")
-    studies = [*runs.STUDIES, "none"]
-    parser.add_argument("study", nargs="?", choices=studies, help="the study to train for (default: all)")
-    study = parser.parse_args().study
-    if study != "none":
-        if sys.platform == "win32":
-            sys.exit("make.py: it cannot measure memory on Windows: train in WSL, or only draw with `none`")
-        for name in runs.STUDIES:
-            if study in (None, name):
-                runs.complete(name)
-    rows = runs.read_rows()
-    tables = write_tables(rows)
-    data.write_file(runs.RESULTS / "tables.md", tables.encode())
-    print(tables)
-    printed = subprocess.check_output([sys.executable, "bn.py"], cwd=runs.ROOT)
-    data.write_file(runs.RESULTS / "figure1.txt", printed)
-    draw_network()
-    lenna = visualize_aug.read(runs.ROOT / "Lenna.png")
-    save(visualize_aug.draw(lenna), "figure3.jpg")  # as JPEG, a fraction of the bytes
-    draw_ladder(rows)
-    curves = train.read_curves(runs.REPORT)
-    draw_rates(rows, curves)
-    draw_best(rows, curves)
-    draw_mistakes(rows)
+    for command, count in SEEDS.items() if sys.argv[1:] == ["train"] else ():
+        for seed in sorted({*range(count)} - {*find(command, "seed")}):
+            train_run(command, seed)
+    readme = ROOT / "README.md"
+    readme.write_text(write_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    draw_ladder().savefig(RESULTS / "ladder.png", dpi=110)
+    draw_curves(RATES.values()).savefig(RESULTS / "figure2.png", dpi=110)
+    visualize_aug.draw(visualize_aug.read(ROOT / "Lenna.png")).savefig(RESULTS / "figure3.jpg", dpi=90)
+    draw_best().savefig(RESULTS / "figure4.png", dpi=110)
+    draw_mistakes().savefig(RESULTS / "figure5.png", dpi=110)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("make.py: stopped. The same command goes on with the next missing run")
+    main()

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,12 @@ def test_epochs_may_be_a_fraction_but_a_run_has_at_least_one_step(epochs, steps,
     assert (numbers("step")[-1], numbers("epoch")[-1]) == (steps, pytest.approx(steps / 3))
 
 
+def test_without_flags_the_baseline_is_trained():
+    settings = read_settings("")
+    assert (settings.lr, settings.epochs, settings.batch_size, settings.widths) == (1e-3, 5, 128, [32, 64, 128])
+    assert (settings.augment, settings.sizes, settings.nets, settings.label_smoothing) == ("none", [], 1, 0)
+
+
 @pytest.mark.parametrize("flags, preparations", [
     ("", []),
     ("--whiten", ["whiten", "start_as_identity"]),
@@ -295,13 +302,14 @@ def test_the_same_command_again_makes_a_new_folder_and_a_taken_name_is_refused(t
 
 
 def test_config_json_and_the_first_points_in_tensorboard_are_there_while_the_first_epoch_goes_on(tiny, before):
-    before(train, "backpropagate", Mock(side_effect=KeyboardInterrupt), [2])
-    tiny("--lr 0.01 --sizes 16:0.5 --name run")
-    config = json.loads((RUN / "config.json").read_text())
+    seen = []
+    before(train, "backpropagate", lambda *_: seen.extend([(RUN / "config.json").read_text(), scalars()]), [2])
+    tiny("--lr 0.01 --sizes 16:0.5 --epochs 1 --name run")
+    config = json.loads(seen[0])
     assert config.items() >= {"lr": 0.01, "sizes": [[16, 0.5]], "batch_size": 16, "precision": "fp32"}.items()
-    assert config["command"] == "python train.py --lr 0.01 --sizes 16:0.5 --name run"
+    assert config["command"] == "python train.py --lr 0.01 --sizes 16:0.5 --epochs 1 --name run"
     assert torch.__version__ in config["versions"] and "1 threads" in config["versions"]
-    assert scalars().keys() == {("loss/train", 1), ("accuracy/train", 1)}
+    assert seen[1].keys() == {("loss/train", 1), ("accuracy/train", 1)}
 
 
 def test_metrics_csv_has_a_row_for_each_epoch_and_tensorboard_each_point_once(finished):
@@ -409,11 +417,12 @@ def test_a_turn_is_an_epoch_with_its_validation(is_held, tiny, before):
 
 @pytest.mark.usefixtures("is_held")
 def test_no_run_waits_on_a_gpu_or_with_omp_num_threads_set_or_where_there_can_be_no_lock(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
     with train.take_turn("cpu"), train.take_turn("cuda"):
-        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
         with train.take_turn("cpu"):
-            monkeypatch.undo()
+            monkeypatch.delenv("OMP_NUM_THREADS")
+            (tmp_path / "file").touch()
+            monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
             with train.take_turn("cpu"):
                 pass
 
@@ -426,8 +435,8 @@ def whole(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("place, name, call", [
-    (train, "backpropagate", 2), (train, "write_events", 5), (train, "evaluate", 2), (train, "write_metrics", 2),
-    (data, "write_file", 3), (os, "replace", 3), (train, "describe", 2),
+    (train, "backpropagate", 2), (train, "write_events", 5), (train, "evaluate", 2), (data, "write_file", 3),
+    (train, "describe", 2),
 ])  # fmt: skip
 def test_a_run_stopped_anywhere_resumes_to_the_bits_of_one_never_stopped(whole, place, name, call, tiny, before):
     flags, expected = whole
@@ -458,7 +467,7 @@ def test_ctrl_c_exits_with_130_and_prints_the_command_that_goes_on(finished, tin
     before(train, "backpropagate", Mock(side_effect=KeyboardInterrupt), [5])
     outcome = tiny("--epochs 3 --name run")
     assert outcome.returncode == 130
-    python, script, *flags = outcome.stdout.splitlines()[-1].split(": ")[1].split()
+    python, script, *flags = shlex.split(outcome.stdout.splitlines()[-1].split(": ")[1])
     assert (python, script) == ("python", "train.py")
     assert tiny(" ".join(flags)).returncode == 0
     assert collect() == collect(finished)
@@ -474,9 +483,9 @@ def test_a_finished_run_resumed_stays_as_it_is_and_with_more_epochs_ends_as_a_lo
 
 
 def test_more_epochs_keep_the_earlier_accuracy_with_test_time_augmentation(tiny):
-    tiny("--epochs 1 --tta --name run")
-    tiny(f"--resume {RUN} --epochs 3")
-    assert [row["val_accuracy_tta"] != "" for row in rows()] == [True, False, True]
+    for flags in "--epochs 2 --tta --name run", f"--resume {RUN} --epochs 4":
+        assert tiny(flags).stderr == ""
+    assert [row["val_accuracy_tta"] != "" for row in rows()] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("begun, flag, old, new", [
@@ -502,9 +511,10 @@ def test_a_run_may_go_on_with_another_device_precision_or_data_folder(device, fl
 
 # -------------------------------------------------------------------------------------------------- what goes wrong
 @pytest.mark.parametrize("flags", [
-    "--label-smoothing 2", "--held-out -5", "--held-out 50000", "--lr nan", "--seed -1", "--widths 0", "--batch-size 1",
-    "--sizes 16:0.6 24:0.2", "--sizes 12:0.5", "--sizes 24", "--mirror", "--widths 12 --mirror --whiten",
-    "--device cuda", "--recipe cake", "--colour red",
+    "--label-smoothing 2", "--held-out -5", "--held-out 49999", "--lr nan", "--seed -1", "--widths 0", "--batch-size 1",
+    "--sizes 16:0.6 24:0.2", "--sizes 15:0.5", "--sizes 24", "--mirror", "--widths 12 --mirror --whiten",
+    "--sizes 20:0.5 --mirror --whiten", "--device cuda", "--recipe cake", "--colour red",
+    "--widths 8 8 8 8",
 ])  # fmt: skip
 def test_misuse_gets_one_line_that_names_the_flag_and_makes_no_folder(flags, tiny, tmp_path):
     assert flags.split()[0] in complain(tiny(flags), 2)
@@ -514,6 +524,12 @@ def test_misuse_gets_one_line_that_names_the_flag_and_makes_no_folder(flags, tin
 class Code:
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
+
+
+def test_the_ends_of_all_ranges_are_accepted():
+    read_settings("--lr 1e-9 --epochs 1e-6 --batch-size 2 --widths 1 --label-smoothing 0 --seed 0 --sizes 16:0")
+    read_settings("--lr 1e3 --epochs 1e6 --batch-size 50000 --widths 4096 --label-smoothing 1 --sizes 64:1 --nets 100")
+    read_settings("--held-out 49998 --seed 2147483647")
 
 
 @pytest.mark.parametrize("word, change", [

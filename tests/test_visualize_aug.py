@@ -42,11 +42,11 @@ def test_of_16_bits_the_upper_eight_count(save):
     assert visualize_aug.read(save(levels))[0, 0, 0].tolist() == [0, 0, 1, 40, 255]
 
 
-@pytest.mark.parametrize("mode, black", [("RGB", (0, 0, 0)), ("L", 0)])
-def test_transparent_pixels_are_white_up_to_the_rim_in_a_large_picture_too(mode, black, save):
-    white = np.full((2048, 2048), 255, np.uint8)
-    white[301:1702, 301:1702] = 0  # a square of the color that the file declares transparent
-    assert (visualize_aug.read(save(white, mode=mode, transparency=black)) == 255).all()
+@pytest.mark.parametrize("bands, options", [(4, {}), (3, {"transparency": (0, 0, 0)}), (1, {"transparency": 0})])
+def test_transparent_pixels_are_white_up_to_the_rim_in_a_large_picture_too(bands, options, save):
+    white = np.full((2048, 2048, bands), 255, np.uint8)
+    white[301:1702, 301:1702] = 0  # transparent by the fourth band, or declared to be the transparent color
+    assert (visualize_aug.read(save(white.squeeze(), **options)) == 255).all()
 
 
 def test_a_large_picture_is_shrunk_and_a_fine_pattern_becomes_gray(save):
@@ -80,7 +80,7 @@ def test_the_test_set_enlarged_to_pictures_of_40_pixels_is_classified_as_well(qu
         pictures.append(visualize_aug.read(file, 32))
     model = train.load(quick)
     plain, own = (train.evaluate(model, some, labels, "fp32", tta=False) for some in (images, torch.cat(pictures)))
-    assert own["val_accuracy"] > plain["val_accuracy"] - 0.03
+    assert own["val_accuracy"] > plain["val_accuracy"] - 0.02
 
 
 def test_figure_3_shows_the_picture_and_what_each_of_the_loaders_augmentations_makes_of_it():
