@@ -238,9 +238,9 @@ def draw_best():
     for panel in figure.axes:
         for size, (_, share) in zip((24, 32), settings.sizes):
             panel.axvline(epoch := share * settings.epochs, color="black", linestyle=":")
-            panel.text(epoch, 0.5, f" from here\n {size}x{size} pixels", transform=panel.get_xaxis_transform())
-    first = figure.axes[1].lines[1].get_xydata()[0]
-    figure.axes[1].text(*first, "  so far, the net has\n  seen 16x16 pixels only", va="top")
+            panel.text(epoch, 0.45, f" {size}x{size}\n pixels", transform=panel.get_xaxis_transform())
+    x, y = figure.axes[1].lines[1].get_xydata()[0]
+    figure.axes[1].text(x + 0.85, y, "so far only\n16x16 pixels\nwere seen", va="center")
     return figure
 
 
