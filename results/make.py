@@ -165,7 +165,7 @@ def list_sentences():  # (a sentence of README, with {} for each number that was
         ("reaches {}% after {} seconds of training (whole command: {} seconds)", fast),
         ("and {}% after {} minutes ({} minutes)", good),
         (re.sub(r"\d+\.\d+", "{}", line), re.findall(r"\d+\.\d+", line)),
-        ("A CPU without bf16 needs {} times as long", [f"{fp32:.1f}"]),
+        ("In fp32, `quick` takes {} times as long", [f"{fp32:.1f}"]),
         ("reached {}% in {} seconds, where `dinner` took {}", [measured[what] for what in PEER]),
         ("batch norm takes up to {} times as long", [f"{slowest:.1f}"]),
     ]
@@ -240,7 +240,7 @@ def draw_best():
             panel.axvline(epoch := share * settings.epochs, color="black", linestyle=":")
             panel.text(epoch, 0.45, f" {size}x{size}\n pixels", transform=panel.get_xaxis_transform())
     x, y = figure.axes[1].lines[1].get_xydata()[0]
-    figure.axes[1].text(x + 0.85, y, "so far only\n16x16 pixels\nwere seen", va="center")
+    figure.axes[1].text(x + 0.85, y, "so far only\n16x16 seen", va="center")
     return figure
 
 
