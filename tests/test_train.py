@@ -514,7 +514,7 @@ def test_a_run_may_go_on_with_another_device_precision_or_data_folder(device, fl
     "--label-smoothing 2", "--held-out -5", "--held-out 49999", "--lr nan", "--seed -1", "--widths 0", "--batch-size 1",
     "--sizes 16:0.6 24:0.2", "--sizes 15:0.5", "--sizes 24", "--mirror", "--widths 12 --mirror --whiten",
     "--sizes 20:0.5 --mirror --whiten", "--device cuda", "--recipe cake", "--colour red",
-    "--widths 8 8 8 8",
+    "--widths 8 8 8 8", "--precision fp8", "--optimizer sgd", "--augment blur",
 ])  # fmt: skip
 def test_misuse_gets_one_line_that_names_the_flag_and_makes_no_folder(flags, tiny, tmp_path):
     assert flags.split()[0] in complain(tiny(flags), 2)
