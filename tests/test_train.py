@@ -526,6 +526,15 @@ class Code:
         return Path.touch, (Path("executed"),)
 
 
+@pytest.mark.parametrize("flags", [
+    "--lr 9e-10", "--lr 1001", "--epochs 9e-7", "--epochs 1000001", "--batch-size 50001", "--widths 4097", "--nets 0",
+    "--nets 101", "--label-smoothing -0.1", "--label-smoothing 1.1", "--seed 2147483648", "--sizes 65:1", "--sizes 16:1.1",
+])  # fmt: skip
+def test_just_outside_of_a_range_is_refused(flags):
+    with pytest.raises(SystemExit):
+        read_settings(flags)
+
+
 def test_the_ends_of_all_ranges_are_accepted():
     read_settings("--lr 1e-9 --epochs 1e-6 --batch-size 2 --widths 1 --label-smoothing 0 --seed 0 --sizes 16:0")
     read_settings("--lr 1e3 --epochs 1e6 --batch-size 50000 --widths 4096 --label-smoothing 1 --sizes 64:1 --nets 100")
