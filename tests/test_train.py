@@ -528,7 +528,8 @@ class Code:
 
 @pytest.mark.parametrize("flags", [
     "--lr 9e-10", "--lr 1001", "--epochs 9e-7", "--epochs 1000001", "--batch-size 50001", "--widths 4097", "--nets 0",
-    "--nets 101", "--label-smoothing -0.1", "--label-smoothing 1.1", "--seed 2147483648", "--sizes 65:1", "--sizes 16:1.1",
+    "--nets 101", "--label-smoothing -0.1", "--label-smoothing 1.1", "--seed 2147483648", "--sizes 65:1",
+    "--sizes 16:1.1",
 ])  # fmt: skip
 def test_just_outside_of_a_range_is_refused(flags):
     with pytest.raises(SystemExit):
