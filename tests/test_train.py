@@ -253,7 +253,7 @@ def test_training_and_validation_compute_in_the_precision_of_the_run(flag, used,
 
 
 def test_train_seconds_count_setup_and_steps_but_not_validation_and_go_on_after_a_resume(tiny, before, monkeypatch):
-    clock = [0]
+    clock = [5]
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
     for name, seconds in ("build", 10), ("backpropagate", 1), ("evaluate", 100):
         before(train, name, lambda *_, seconds=seconds: clock.append(clock.pop() + seconds))
