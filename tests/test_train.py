@@ -232,13 +232,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tin
     assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("weight"))
 
 
-@pytest.mark.parametrize("device, seconds, capability, precision", [
-    ("cpu", 0.7, None, "bf16"), ("cpu", 0.8, None, "fp32"),  # of the seconds that fp32 takes
-    ("cuda", None, (8, 0), "bf16"), ("cuda", None, (7, 5), "fp32"), ("mps", None, None, "fp32"),
+@pytest.mark.parametrize("device, found, precision", [
+    ("cpu", {"avx512_bf16": True}, "bf16"), ("cpu", {"avx512_bf16": False}, "fp32"),
+    ("cpu", {"neon": True, "bf16": True}, "fp32"),  # ARM
+    ("cuda", (8, 0), "bf16"), ("cuda", (7, 5), "fp32"), ("mps", None, "fp32"),
 ])  # fmt: skip
-def test_auto_precision_is_bf16_where_that_is_faster(device, seconds, capability, precision, monkeypatch):
-    monkeypatch.setattr(train, "time_product", {torch.bfloat16: seconds, torch.float32: 1}.get)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+def test_auto_precision_is_bf16_where_the_processor_computes_in_it(device, found, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: found)
     assert train.choose_precision(device) == precision
 
 
