@@ -31,8 +31,8 @@ RESULTS = ROOT / "results"
 COLUMNS = ("settings", "seed", "step", "train_seconds", "whole_seconds", "peak_gib", "train_loss", "train_accuracy")
 COLUMNS += ("plain_accuracy", "val_loss", "val_accuracy", "val_accuracy_tta")
 RATES = {rate: f"--lr {rate}" for rate in ("1e-3", "1e-4", "1e-5")}
-AUGMENTATIONS = {name: f"--lr 1e-3 --augment {name}" for name in data.AUGMENTATIONS}
-RECIPES = {name: f"--recipe {name}" for name in train.RECIPES}
+AUGMENTATIONS = {name: f"--lr 1e-3 --augment {name}" for name in ("none", "position", "color", "both")}
+RECIPES = {name: f"--recipe {name}" for name in ("baseline", "quick", "coffee", "lunch", "dinner", "best")}
 BASELINE, QUICK, BEST = RATES["1e-3"], RECIPES["quick"], RECIPES["best"]
 PLAIN = f"{QUICK} --sizes --label-smoothing 0"
 ADAM = f"{PLAIN} --no-mirror --no-whiten --optimizer adam --lr"
@@ -49,12 +49,13 @@ TRICKS = {
     "`lunch` with two nets": "--recipe lunch --nets 2",
 }
 OTHER_RATES = [f"{ADAM} 3e-3 --no-decay", f"{ADAM} 8e-3 --no-decay"]
+OTHERS = "{0} baseline seconds, {0} baseline accuracy, {0} coffee seconds, {0} coffee accuracy, "
+OTHERS += "{0} quick seconds, {0} quick accuracy, {0} quick lowest"
 TYPED = {  # a sentence of README: what measured.csv calls its numbers, which were typed by hand
     "reached {}% in {} seconds, where `dinner` took {}": "peer accuracy, peer seconds, dinner seconds beside the peer",
-    "first command trains for {} seconds ({}%)": "old baseline seconds, old baseline accuracy",
-    "`coffee` for {} ({}%), and `quick` for {}": "old coffee seconds, old coffee accuracy, old quick seconds",
-    "reach {}% on average, {}% at worst": "old quick accuracy, old quick lowest",
-    "is better there: {}% in {} seconds ({}% at worst)": "old narrow accuracy, old narrow seconds, old narrow lowest",
+    "Rapids, bf16) | {} s, {}% | {} s, {}% | {} s, {}% | {}% |": OTHERS.format("Xeon"),
+    "Zen 1, fp32) | {} s, {}% | {} s, {}% | {} s, {}% | {}% |": OTHERS.format("Zen 1"),
+    "--epochs 0.4` | | | {} s, {}% | {}% |": "Zen 1 narrow seconds, Zen 1 narrow accuracy, Zen 1 narrow lowest",
 }
 SEEDS = dict.fromkeys([*RATES.values(), *TRICKS.values()], 1)  # how many of each run
 SEEDS |= dict.fromkeys([command for command in [*TRICKS.values(), *OTHER_RATES] if QUICK in command], 5)
@@ -165,7 +166,7 @@ def list_sentences():  # (a sentence of README, with {} for each number that was
     fast = [mean(QUICK), median(QUICK, "train_seconds"), median(QUICK, "whole_seconds")]
     good = [mean(BEST), median(BEST, "train_seconds", 60), median(BEST, "whole_seconds", 60)]
     row = {column: (find(BASELINE, column) or [None])[0] for column in COLUMNS[2:]}
-    line = train.describe({key: row[key] for key in row if row[key]} | {"epoch": 5}, 1955)
+    line = train.describe({key: row[key] for key in row if row[key]} | {"step": 1955, "epoch": 5}, 1955)
     return [
         ("reaches {}% after {} seconds of training (whole command: {} seconds)", fast),
         ("and {}% after {} minutes ({} minutes)", good),
@@ -232,6 +233,7 @@ def draw_curves(commands):
         for line in panel.lines[1::2]:
             x, y = line.get_data()
             panel.annotate(line.get_label(), (x[-1], y[-1]), (6, 0), textcoords="offset points", color=line.get_color())
+        panel.set_xticks([tick for tick in panel.get_xticks() if 0 <= tick <= x[-1]])
         panel.set_xlim(0, 1.5 * x[-1])
     return figure
 
@@ -244,7 +246,7 @@ def draw_best():
             panel.axvline(epoch := share * settings.epochs, color="black", linestyle=":")
             panel.text(epoch, 0.45, f" {size}x{size}\n pixels", transform=panel.get_xaxis_transform())
     x, y = figure.axes[1].lines[1].get_xydata()[0]
-    figure.axes[1].text(x + 0.8, y, "so far only\n16x16 seen", va="center")
+    figure.axes[1].text(x + 0.8, y, "so far\nonly\n16x16", va="center")
     return figure
 
 

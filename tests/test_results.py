@@ -11,7 +11,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import network
-import train
 from results import make
 
 README = (make.ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,7 +58,7 @@ def test_every_run_that_make_would_train_is_in_runs_csv():
 
 def test_recipes_in_readme_have_their_settings_parameters_and_multiplications():
     rows = re.findall(r"^\| `(\w+)` \| (\d[\d, ]*) \| (\d+) \| ([\d.]+) \| (\d+) \| (\w+) \| (.*) \|$", README, re.M)
-    assert [row[0] for row in rows] == list(train.RECIPES)
+    assert [row[0] for row in rows] == list(make.RECIPES)
     for name, widths, nets, epochs, batch_size, augment, costs in rows:
         settings = make.read_settings(f"--recipe {name}")
         said = ([int(width) for width in widths.split(", ")], int(nets), float(epochs), int(batch_size), augment)
