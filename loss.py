@@ -85,7 +85,7 @@ class CrossEntropyLoss(nn.Module):
             if smoothing:
                 losses = (1 - smoothing) * losses - smoothing / classes * weighted.sum(-1)
             losses = losses.masked_fill(ignored, 0)
-            sample_weights = weight.expand_as(log_p).gather(-1, index).squeeze(-1)
+            sample_weights = weight[index].squeeze(-1)
             divisor = sample_weights.masked_fill(ignored, 0).sum()
         else:
             raise ValueError(

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-PART = 250  # images that batch norm sees at once, see `backpropagate`
+PART = 250  # images that batch norm sees at once, at most, see `backpropagate`
 FILTER_MOMENTUM = 0.65  # Muon's constants, close to those of its author's speed-run airbench94
 OTHER_MOMENTUM = 0.85
 WEIGHT_DECAY = 1e-5
 BIAS_SCALE = 0.25  # biases learn at this multiple of the rate, summed over the batch
-HEAD_SCALE = 3.3  # and the linear layer at this one over the square of its inputs
+HEAD_SCALE = 3.3  # and the linear layer at this one over the square of its number of inputs
 
 
 # -------------------------------------------------------------------------------------------------- mirror symmetry
@@ -236,7 +236,7 @@ class Muon:
     def step_filters(self, filters, velocity, lr):
         """Step the filters of a convolution, which are kept at a fixed norm, so that one rate suits all layers.
 
-        (Nothing is lost: batch norm undoes the scale of a filter anyway.)
+        (Batch norm undoes the scale of a filter anyway; only a trained stem has none.)
         """
         direction = look_ahead(filters.grad, velocity, FILTER_MOMENTUM)
         norm = len(filters) ** 0.5

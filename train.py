@@ -12,6 +12,7 @@ config.json (the settings), metrics.csv (a row per epoch), and TensorBoard's eve
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -53,7 +54,7 @@ RECIPES = {
     "coffee": f"{FAST} --epochs 3.6 --widths 32 128 128",
     "lunch": f"{FAST} --epochs 5 --widths 64 192 192",
     "dinner": f"{WIDE} --epochs 9 --lr 0.18 --batch-size 1000",
-    "best": f"{WIDE} --epochs 8.7 --nets 3",  # as long as half an hour on two cores allows
+    "best": f"{WIDE} --epochs 8.7 --nets 3",  # 20 to 30 minutes on two recent cores
 }
 FORMAT = 9  # the version of checkpoint.pt: raise it when old ones no longer fit the net, the optimizer or the settings
 # Colors that the color-blind tell apart: M. Okabe and K. Ito, "Color Universal Design", 2008
@@ -84,8 +85,11 @@ def between(kind, low, high):
 
 def size_and_share(text):
     """ "16:0.2" -> (16, 0.2): train on images of 16x16 pixels until 0.2 of the steps are done."""
-    size, share = text.split(":")
-    return between(int, 16, 64)(size), between(float, 0, 1)(share)
+    try:
+        size, share = text.split(":")
+        return between(int, 16, 64)(size), between(float, 0, 1)(share)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must look like 16:0.2") from None
 
 
 def read_settings(arguments=None):
@@ -151,7 +155,7 @@ def read_settings(arguments=None):
     add("--device", default=here, choices=["cuda", "mps", "cpu"],
         help="where to compute")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"],
-        help="number format: auto takes bf16 where the processor computes in it")
+        help="number format: auto takes bf16 where an x86 CPU or an NVIDIA card computes in it")
     add("--data", default="datasets",
         help="folder of CIFAR-10, fetched if missing")
     add("--experiments", default="experiments",
@@ -160,10 +164,10 @@ def read_settings(arguments=None):
         help="name of this run's folder; by default it is made from the settings")
     # fmt: on
     parser.set_defaults(command=shlex.join(["python", *sys.argv]))
-    saved = chosen.resume and read_checkpoint(chosen.resume)
+    saved = None if chosen.resume is None else read_checkpoint(chosen.resume)
     if saved:
         begun = saved["settings"]
-        parser.set_defaults(**begun | {"resume": chosen.resume, "device": here, "precision": "auto"})
+        parser.set_defaults(**begun | {"device": here, "precision": "auto"})
     else:
         recipe = parser.parse_args(RECIPES[chosen.recipe].split())
         parser.set_defaults(**vars(recipe))
@@ -203,9 +207,9 @@ def check_resumed(settings, begun, parser):
 
 
 def choose_precision(device):
-    """ "bf16" where the processor computes in it and is faster for that, else "fp32"."""
+    """ "bf16" where an x86 CPU or an NVIDIA card computes in it, else "fp32"."""
     if device == "cpu":  # it is asked, not timed: so the same command always takes the same precision
-        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        fast = torch.cpu.get_capabilities().get("avx512_bf16")
     else:  # older GPUs only emulate it
         fast = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     return "bf16" if fast else "fp32"
@@ -304,7 +308,7 @@ def train_epoch(model, optimizer, loaders, settings, step, steps, log):
 
 @torch.no_grad()
 def predict(model, images, precision, tta):
-    """The logits of uint8 images; with `tta` the weighted mean over several views of each."""
+    """The logits of uint8 images by a model in evaluation mode; with `tta` the weighted mean over several views."""
     logits = []
     for part in images.split(250):
         part = data.normalize(part)
@@ -369,7 +373,7 @@ def read_checkpoint(folder):
 
 
 def load(folder):
-    """The trained Ensemble of a run, in evaluation mode, on the CPU; RunError if none is there."""
+    """The Ensemble of a run as last saved, in evaluation mode, on the CPU; RunError if none is there."""
     saved = read_checkpoint(folder)
     settings = argparse.Namespace(**saved["settings"])
     nets = [ConvNet(settings.widths, settings.mirror) for _ in range(settings.nets)]
@@ -378,13 +382,18 @@ def load(folder):
     return model.eval()
 
 
+@functools.cache  # a problem that stays gets one line
+def warn(line):
+    print(f"train.py: {line}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def survive(what):
     """If this block fails, say so in a line and go on: only the checkpoint must be written."""
     try:
         yield
     except Exception as problem:
-        print(f"train.py: cannot {what} ({shorten(problem)}): continuing without it", file=sys.stderr)
+        warn(f"cannot {what} ({shorten(problem)}): continuing without it")
 
 
 def write_config(folder, settings):
@@ -441,7 +450,7 @@ def draw_curves(runs):
     panels = figure.subplots(1, len(METRICS))
     for metric, panel in zip(METRICS, panels):
         for (name, curves), color in zip(runs.items(), itertools.cycle(COLORS)):
-            if f"val_{metric}" in curves:  # no epoch is finished, or the run is older than the metric
+            if f"val_{metric}" in curves:  # else no epoch is finished, or the run is older than the metric
                 panel.plot(*curves[f"train_{metric}"], color=color, alpha=0.5, linewidth=1)
                 panel.plot(*curves[f"val_{metric}"], "o-", color=color, linewidth=2, label=name)
         panel.set(title=metric, xlabel="epoch")
@@ -575,7 +584,8 @@ def run():
     with survive(f"draw {curves}"):
         figure = draw_curves(read_curves(folder.parent))
         figure.savefig(curves)
-    print(f"finished: {folder / 'metrics.csv'}, curves of all runs in {curves}")
+        print(f"curves of all runs: {curves}")
+    print(f"finished: {folder}")
 
 
 def main():

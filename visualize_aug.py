@@ -2,8 +2,8 @@
 
     python visualize_aug.py Lenna.png
 
-The loader of train.py calls the same functions. Shifts are in proportion to the picture, so a picture of 512x512 pixels
-moves as far as one of 32x32.
+In training, data.Loader calls the same functions. Shifts are in proportion to the picture, so a picture of 512x512
+pixels moves as far as one of 32x32.
 """
 
 import argparse
@@ -29,13 +29,13 @@ def read(path, size=None):
             middle, shrunk to size x size pixels: each is the mean of the pixels whose middles it covers.
 
     Raises:
-        OSError: there is no such file, or it is not a picture, or it is damaged.
+        OSError, or another of Pillow's errors: there is no such file, or it is not a picture, or it is damaged.
     """
     with Image.open(path) as file:
         if not size:  # decode a large JPEG at a half, a quarter or an eighth: fast, in less memory
             file.draft(None, (SIZE, SIZE))
         picture = ImageOps.exif_transpose(file)  # upright, as the camera was held
-    if picture.mode.startswith("I"):  # 16 bits per pixel: keep the upper eight
+    if picture.mode.startswith("I"):  # 16 bits per pixel (or 32, of which 16 are used): keep the upper eight
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")

@@ -1,7 +1,7 @@
 """Draw every picture and write every measured number of README again, from what results/ holds.
 
     python results/make.py          takes seconds, in any clone: it needs neither CIFAR-10 nor a trained net
-    python results/make.py train    first trains the runs that runs.csv lacks; to measure one again, delete its row
+    python results/make.py train    first trains the runs that runs.csv lacks (to repeat one, delete its row and folder)
 
 curves.csv has the points of Figures 2 and 4, mistakes.npz the answers of Figure 5, measured.csv what else was measured.
 """
@@ -49,12 +49,11 @@ TRICKS = {
     "`lunch` with two nets": "--recipe lunch --nets 2",
 }
 OTHER_RATES = [f"{ADAM} 3e-3 --no-decay", f"{ADAM} 8e-3 --no-decay"]
-OTHERS = "{0} baseline seconds, {0} baseline accuracy, {0} coffee seconds, {0} coffee accuracy, "
-OTHERS += "{0} quick seconds, {0} quick accuracy, {0} quick lowest"
+CORES = ", ".join(f"@ {run} seconds, @ {run} accuracy" for run in ("baseline", "coffee", "quick")) + ", @ quick lowest"
 TYPED = {  # a sentence of README: what measured.csv calls its numbers, which were typed by hand
     "reached {}% in {} seconds, where `dinner` took {}": "peer accuracy, peer seconds, dinner seconds beside the peer",
-    "Rapids, bf16) | {} s, {}% | {} s, {}% | {} s, {}% | {}% |": OTHERS.format("Xeon"),
-    "Zen 1, fp32) | {} s, {}% | {} s, {}% | {} s, {}% | {}% |": OTHERS.format("Zen 1"),
+    "Rapids, bf16) | {} s, {}% | {} s, {}% | {} s, {}% | {}% |": CORES.replace("@", "Xeon"),
+    "Zen 1, fp32) | {} s, {}% | {} s, {}% | {} s, {}% | {}% |": CORES.replace("@", "Zen 1"),
     "--epochs 0.4` | | | {} s, {}% | {}% |": "Zen 1 narrow seconds, Zen 1 narrow accuracy, Zen 1 narrow lowest",
 }
 SEEDS = dict.fromkeys([*RATES.values(), *TRICKS.values()], 1)  # how many of each run
@@ -96,14 +95,14 @@ def train_run(command, seed):
     """Train one run, or go on with it, in a process of its own, and write down what it measured."""
     folder = ROOT / "experiments" / "report" / re.sub(r"[^\w.]+", "-", f"run {command} seed {seed}")
     arguments = [*command.split(), "--seed", str(seed), "--experiments", str(folder.parent), "--name", folder.name]
-    if (folder / "checkpoint.pt").exists():
+    if resumed := (folder / "checkpoint.pt").exists():
         arguments = ["--resume", str(folder)]
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "train.py", *arguments, "--device", "cpu"], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"make.py: failed: python train.py {command} --seed {seed}")
-    spent = {"whole_seconds": time.perf_counter() - start, "peak_gib": usage.ru_maxrss / 2**20}
+    spent = {} if resumed else {"whole_seconds": time.perf_counter() - start, "peak_gib": usage.ru_maxrss / 2**20}
     (images, labels), (val_images, val_labels) = data.load_cifar10(ROOT / "datasets")
     model, progress = train.load(folder), train.read_checkpoint(folder)["progress"]
     plain = train.evaluate(model, images[:10_000], labels[:10_000], "fp32", tta=False)["val_accuracy"]
@@ -278,7 +277,7 @@ def main():
         for seed in sorted({*range(count)} - {*find(command, "seed")}):
             train_run(command, seed)
     readme = ROOT / "README.md"
-    readme.write_text(write_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    readme.write_text(write_readme(readme.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
     draw_ladder().savefig(RESULTS / "ladder.png", dpi=110)
     draw_curves(RATES.values()).savefig(RESULTS / "figure2.png", dpi=110)
     visualize_aug.draw(visualize_aug.read(ROOT / "Lenna.png")).savefig(RESULTS / "figure3.jpg", dpi=90)

@@ -30,7 +30,8 @@ for shape in ((64, 16), (256, 256), (1024, 784), (4096, 256), (8192, 1024)):
     x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     inputs, gradient = torch.tensor(x, requires_grad=True), torch.tensor(x)
     one, other = bn.BatchNorm(shape[1]), torch.nn.BatchNorm1d(shape[1])
-    calls = lambda: (one.forward(x), one.backward(x)), lambda: other(inputs).backward(gradient)
+    asked = inputs, other.weight, other.bias
+    calls = lambda: (one.forward(x), one.backward(x)), lambda: torch.autograd.grad(other(inputs), asked, gradient)
     compare(f"batch norm, {shape[0]} x {shape[1]}", *calls)
 for count in (256, 2000, 50_000):
     logits, labels = torch.randn(count, 10, requires_grad=True), torch.arange(count) % 10

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
-import hypothesis
 import pytest
 import torch
 
@@ -22,8 +21,6 @@ import train
 
 ROOT = Path(data.__file__).parent
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=80)
-hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items):
@@ -57,7 +54,9 @@ def run_script(main, flags):
 def complain(outcome, code):
     """The line with which a script has refused or failed, with this exit code and without a traceback."""
     assert outcome.returncode == code and "Traceback" not in outcome.stderr, outcome
-    return outcome.stderr.splitlines()[-1]
+    lines = outcome.stderr.splitlines()
+    assert code != 1 or len(lines) == 1, lines  # argparse also prints its usage
+    return lines[-1]
 
 
 def load_tiny(root=None, device=None):
@@ -70,6 +69,7 @@ def load_tiny(root=None, device=None):
 def make_tiny(monkeypatch, folder):
     """A function that runs train.py with given flags in `folder`, on the tiny set, with a net to match."""
     monkeypatch.chdir(folder)
+    train.warn.cache_clear()
     monkeypatch.setattr(data, "load_cifar10", load_tiny)
     monkeypatch.setattr(train, "choose_precision", lambda device: "fp32")  # the real one goes by the processor
     monkeypatch.setattr(train, "draw_curves", lambda runs: Mock())  # drawing takes longer than all the rest
@@ -106,5 +106,6 @@ def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quick")
     command = [sys.executable, "train.py", "--recipe", "quick", "--device", "cpu", "--experiments", folder]
     variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    variables["MPLBACKEND"] = "inline"  # as a notebook sets it for the programs that it starts
     subprocess.run([*command, "--name", "run"], cwd=ROOT, env=variables, check=True)
     return folder / "run"

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import tarfile
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -108,10 +109,13 @@ def test_a_missing_damaged_or_forged_file_is_replaced(site, tmp_path, inside, ra
     assert list_files(tmp_path / "datasets") == FILES
 
 
-def test_an_archive_put_into_the_data_folder_by_hand_is_used(site, tmp_path):
-    (tmp_path / ARCHIVE).write_bytes(PACKED)
-    data.load_cifar10(tmp_path)
-    assert list_files(tmp_path) == {ARCHIVE: PACKED, **FILES}
+@pytest.mark.parametrize("by_hand, at_site", [(PACKED, BAD[0]), (BAD[0], PACKED)])
+def test_an_archive_put_into_the_data_folder_by_hand_is_used_unless_it_is_damaged(site, tmp_path, by_hand, at_site):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / ARCHIVE).write_bytes(by_hand)
+    (site / ARCHIVE).write_bytes(at_site)
+    data.load_cifar10(tmp_path / "datasets")
+    assert list_files(tmp_path / "datasets") == {ARCHIVE: by_hand, **FILES}
 
 
 def test_the_npm_package_is_used_when_the_site_is_down(site, tmp_path):
@@ -148,6 +152,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(data.os, "fsync", Mock(side_effect=OSError("no space left")))
     with pytest.raises(OSError, match="space"):
         data.write_file(tmp_path / "file", b"newer")
+    assert list_files(tmp_path) == {"file": b"new"}
+
+
+def test_a_file_that_is_in_use_for_a_moment_is_written_a_little_later(tmp_path, before, monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    before(Path, "replace", Mock(side_effect=PermissionError), [1])
+    data.write_file(tmp_path / "file", b"new")
     assert list_files(tmp_path) == {"file": b"new"}
 
 

@@ -47,7 +47,7 @@ def test_make_draws_every_picture_in_a_clone_without_data_or_nets(tmp_path):
         picture.unlink()
     subprocess.run([sys.executable, "results/make.py"], cwd=tmp_path, check=True)
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
-    assert (tmp_path / "README.md").read_bytes() == (make.ROOT / "README.md").read_bytes()
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == README
     assert not (tmp_path / "datasets").exists()
 
 

@@ -87,7 +87,9 @@ def test_figure_3_shows_the_picture_and_what_each_of_the_loaders_augmentations_m
     images = torch.randint(256, (1, 3, 20, 32), dtype=torch.uint8, generator=seeded())
     generator = seeded(visualize_aug.SEED)
     panels = [images] + [augment(images, generator) for augment in data.AUGMENTATIONS["both"]]
-    for axes, panel in zip(visualize_aug.draw(images).axes, panels, strict=True):
+    drawn = visualize_aug.draw(images).axes
+    assert [axes.get_title() for axes in drawn] == ["original", "position", "color"]
+    for axes, panel in zip(drawn, panels, strict=True):
         np.testing.assert_allclose(axes.images[0].get_array(), data.to_float(panel)[0].permute(1, 2, 0), atol=1e-6)
 
 
