@@ -23,6 +23,7 @@ import shlex
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -95,8 +96,8 @@ def size_and_share(text):
 def read_settings(arguments=None):
     """The settings of a command line, and the checkpoint that --resume names or None.
 
-    A flag that is not given has the recipe's value or, with --resume, the checkpoint's; but --device and --precision
-    are chosen by the machine that goes on.
+    A flag that is not given has the recipe's value or, with --resume, the checkpoint's; but the machine that goes on
+    chooses its --device, and its --precision unless that was fp32.
     """
     # fmt: off
     first = argparse.ArgumentParser(add_help=False)
@@ -182,8 +183,8 @@ def read_settings(arguments=None):
     check_device(settings.device, parser)
     if saved:
         check_resumed(settings, begun, parser)
-        if settings.precision == "auto" and settings.device == begun["device"]:
-            settings.precision = begun["precision"]
+        if settings.precision == "auto" and begun["precision"] == "fp32":
+            settings.precision = "fp32"  # bf16 is not kept: this processor may lack it
     return settings, saved
 
 
@@ -361,8 +362,11 @@ def read_checkpoint(folder):
     """What `save` has written; RunError if there is nothing that this code can read."""
     path = Path(folder, "checkpoint.pt")
     if not path.exists():
-        raise RunError(f"{path} is missing: {folder} is no run, or one that never began")
+        raise RunError(f"{path} is missing: {folder} is no run, or one that never began (then delete it)")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if archive.testzip():
+                raise ValueError
         saved = torch.load(path, weights_only=True, map_location="cpu")
         version = saved["format"]
     except Exception:  # torch.load raises many kinds of error
@@ -506,6 +510,9 @@ def train(settings, train_set, val_set, folder, saved):
     print(f"run {folder} on {settings.device}, {settings.precision}: step {progress.step} of {steps}")
     with survive("write config.json"):
         write_config(folder, settings)
+    if progress.rows:  # the table may have been deleted, or locked by a spreadsheet
+        with survive("write metrics.csv"):
+            write_metrics(folder, progress.rows)
     events = None
     with survive("open TensorBoard's events"):
         events = open_events(folder, progress.step)
@@ -580,9 +587,10 @@ def run():
         if (folder / "checkpoint.pt").exists():
             print(f'\nto go on after its last epoch: python train.py --resume "{folder}" --device {settings.device}')
         raise
-    curves = folder.parent / "curves.png"
+    experiments = folder.absolute().parent  # of "." there is no parent
+    curves = experiments / "curves.png"
     with survive(f"draw {curves}"):
-        figure = draw_curves(read_curves(folder.parent))
+        figure = draw_curves(read_curves(experiments))
         figure.savefig(curves)
         print(f"curves of all runs: {curves}")
     print(f"finished: {folder}")

@@ -1,7 +1,7 @@
 """Draw every picture and write every measured number of README again, from what results/ holds.
 
     python results/make.py          takes seconds, in any clone: it needs neither CIFAR-10 nor a trained net
-    python results/make.py train    first trains the runs that runs.csv lacks (to repeat one, delete its row and folder)
+    python results/make.py train    first trains the runs that runs.csv lacks; to measure one again, delete its row
 
 curves.csv has the points of Figures 2 and 4, mistakes.npz the answers of Figure 5, measured.csv what else was measured.
 """
@@ -9,6 +9,7 @@ curves.csv has the points of Figures 2 and 4, mistakes.npz the answers of Figure
 import csv
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -92,22 +93,20 @@ def find(command, column):
 
 
 def train_run(command, seed):
-    """Train one run, or go on with it, in a process of its own, and write down what it measured."""
+    """Train one run in a process of its own, and write down what it measured."""
     folder = ROOT / "experiments" / "report" / re.sub(r"[^\w.]+", "-", f"run {command} seed {seed}")
     arguments = [*command.split(), "--seed", str(seed), "--experiments", str(folder.parent), "--name", folder.name]
-    if resumed := (folder / "checkpoint.pt").exists():
-        arguments = ["--resume", str(folder)]
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "train.py", *arguments, "--device", "cpu"], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"make.py: failed: python train.py {command} --seed {seed}")
-    spent = {} if resumed else {"whole_seconds": time.perf_counter() - start, "peak_gib": usage.ru_maxrss / 2**20}
+    spent = {"whole_seconds": time.perf_counter() - start, "peak_gib": usage.ru_maxrss / 2**20}
     (images, labels), (val_images, val_labels) = data.load_cifar10(ROOT / "datasets")
     model, progress = train.load(folder), train.read_checkpoint(folder)["progress"]
     plain = train.evaluate(model, images[:10_000], labels[:10_000], "fp32", tta=False)["val_accuracy"]
     row = progress["rows"][-1] | spent | {"plain_accuracy": plain, "settings": write_settings(command), "seed": seed}
-    write_table("runs.csv", [*read_table("runs.csv"), {column: row.get(column, "") for column in COLUMNS}])
     if seed == 0 and command in [*RATES.values(), BEST]:
         points = [point for point in read_table("curves.csv") if point["run"] != command]
         for curve, lists in progress["curves"].items():
@@ -119,6 +118,7 @@ def train_run(command, seed):
         surest = wrong[certainty[wrong].argsort(descending=True)][:12]
         kept = {"answers": answers.byte(), "certainty": certainty.half(), "labels": val_labels.byte()}
         np.savez_compressed(RESULTS / "mistakes.npz", **kept, surest=surest, pixels=val_images[surest].movedim(1, 3))
+    write_table("runs.csv", [*read_table("runs.csv"), {column: row.get(column, "") for column in COLUMNS}])  # last
 
 
 def mean(command, column="val_accuracy", digits=1):  # in percent
