@@ -364,9 +364,8 @@ def read_checkpoint(folder):
     if not path.exists():
         raise RunError(f"{path} is missing: {folder} is no run, or one that never began (then delete it)")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if archive.testzip():
-                raise ValueError
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError
         saved = torch.load(path, weights_only=True, map_location="cpu")
         version = saved["format"]
     except Exception:  # torch.load raises many kinds of error
@@ -586,11 +585,12 @@ def run():
     except (KeyboardInterrupt, OSError):
         if (folder / "checkpoint.pt").exists():
             print(f'\nto go on after its last epoch: python train.py --resume "{folder}" --device {settings.device}')
+        with contextlib.suppress(OSError):  # an empty folder, so that its name is free again; others stay
+            folder.rmdir()
         raise
-    experiments = folder.absolute().parent  # of "." there is no parent
-    curves = experiments / "curves.png"
+    curves = folder.parent / "curves.png"
     with survive(f"draw {curves}"):
-        figure = draw_curves(read_curves(experiments))
+        figure = draw_curves(read_curves(folder.parent))
         figure.savefig(curves)
         print(f"curves of all runs: {curves}")
     print(f"finished: {folder}")

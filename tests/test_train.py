@@ -287,13 +287,14 @@ def test_the_folder_of_a_run_says_how_it_differs_from_its_recipe(flags, name, tm
     assert train.make_folder(settings) == experiments / name
 
 
-def test_the_same_command_again_makes_a_new_folder_and_a_taken_name_is_refused(tiny):
+def test_the_same_command_again_makes_a_new_folder_and_a_taken_name_or_none_to_resume_is_refused(tiny):
     for flags in 3 * ["--epochs 1"] + ["--epochs 1 --name Übung"]:
         assert tiny(flags).returncode == 0
     old = {path.parent.name: path.read_bytes() for path in Path().rglob("checkpoint.pt")}
     name = "baseline-lr0.001-none-epochs=1.0-seed0"
     assert old.keys() == {name, f"{name}-2", f"{name}-3", "Übung"}
     assert "--name" in complain(tiny("--epochs 2 --name Übung"), 1)
+    assert "checkpoint.pt" in complain(tiny("--epochs 2 --resume="), 1)
     assert old == {path.parent.name: path.read_bytes() for path in Path().rglob("checkpoint.pt")}
 
 
@@ -460,7 +461,9 @@ def test_a_killed_run_resumed_ends_in_the_same_bits(finished, tiny):
 
 
 def test_ctrl_c_exits_with_130_and_prints_the_command_that_goes_on(finished, tiny, before):
+    before(train, "build", Mock(side_effect=KeyboardInterrupt), [1])
     before(train, "backpropagate", Mock(side_effect=KeyboardInterrupt), [5])
+    assert tiny("--epochs 3 --name run").returncode == 130  # nothing is saved yet: the name stays free
     outcome = tiny("--epochs 3 --name run")
     assert outcome.returncode == 130
     python, script, *flags = shlex.split(outcome.stdout.splitlines()[-1].split(": ")[1])
@@ -549,10 +552,6 @@ def test_an_unusable_checkpoint_gets_a_line_that_says_why_and_code_in_it_is_not_
     line = complain(tiny(f"--resume {RUN}"), 1)
     assert "checkpoint.pt" in line and word in line
     assert not Path("executed").exists()
-
-
-def test_resume_without_a_folder_is_refused(tiny):
-    assert "checkpoint.pt" in complain(tiny("--resume="), 1)
 
 
 def test_a_full_disk_ends_the_run_in_a_line_and_it_goes_on_later(finished, tiny, before):
