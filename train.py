@@ -96,8 +96,8 @@ def size_and_share(text):
 def read_settings(arguments=None):
     """The settings of a command line, and the checkpoint that --resume names or None.
 
-    A flag that is not given has the recipe's value or, with --resume, the checkpoint's; but the machine that goes on
-    chooses its --device, and its --precision unless that was fp32.
+    A flag that is not given has the recipe's value or, with --resume, the checkpoint's; but --device is chosen by
+    the machine that goes on.
     """
     # fmt: off
     first = argparse.ArgumentParser(add_help=False)
@@ -168,7 +168,7 @@ def read_settings(arguments=None):
     saved = None if chosen.resume is None else read_checkpoint(chosen.resume)
     if saved:
         begun = saved["settings"]
-        parser.set_defaults(**begun | {"device": here, "precision": "auto"})
+        parser.set_defaults(**begun | {"device": here})
     else:
         recipe = parser.parse_args(RECIPES[chosen.recipe].split())
         parser.set_defaults(**vars(recipe))
@@ -183,8 +183,6 @@ def read_settings(arguments=None):
     check_device(settings.device, parser)
     if saved:
         check_resumed(settings, begun, parser)
-        if settings.precision == "auto" and begun["precision"] == "fp32":
-            settings.precision = "fp32"  # bf16 is not kept: this processor may lack it
     return settings, saved
 
 
@@ -207,12 +205,14 @@ def check_resumed(settings, begun, parser):
             parser.error(f"--resume cannot change {flag} from {value} to {given}: leave it out, or start a new run")
 
 
-def choose_precision(device):
-    """ "bf16" where an x86 CPU or an NVIDIA card computes in it, else "fp32"."""
-    if device == "cpu":  # it is asked, not timed: so the same command always takes the same precision
+def choose_precision(settings):
+    """The --precision; for auto "bf16" where an x86 CPU or an NVIDIA card computes in it, else "fp32"."""
+    if settings.precision != "auto":
+        return settings.precision
+    if settings.device == "cpu":  # it is asked, not timed: so the same command always takes the same precision
         fast = torch.cpu.get_capabilities().get("avx512_bf16")
     else:  # older GPUs only emulate it
-        fast = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        fast = settings.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     return "bf16" if fast else "fp32"
 
 
@@ -276,6 +276,7 @@ def train_epoch(model, optimizer, loaders, settings, step, steps, log):
     the next step, and the means over the epoch.
     """
     criterion = CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    precision = choose_precision(settings)
     length = len(loaders[0])
     every = max(1, round(length / 20))
     recent, total = Counter(), Counter()  # sums over images
@@ -291,7 +292,7 @@ def train_epoch(model, optimizer, loaders, settings, step, steps, log):
         model.zero_grad()
         for net, (images, labels) in zip(model.nets, batch):
             images = data.resize(images, size)
-            logits = backpropagate(net, criterion, images, labels, settings.precision)
+            logits = backpropagate(net, criterion, images, labels, precision)
             recent["images"] += len(labels)
             for metric, measure in METRICS.items():
                 recent[metric] += measure(logits, labels).sum().item()
@@ -402,7 +403,8 @@ def survive(what):
 def write_config(folder, settings):
     """config.json: the settings of the run, the command that began it, and what computes it."""
     config = vars(settings) | {
-        "versions": f"Python {sys.version}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
+        "precision": choose_precision(settings),
+        "versions": f"Python {sys.version}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
@@ -506,12 +508,10 @@ def train(settings, train_set, val_set, folder, saved):
         generator.set_state(saved["generator"])  # after the loaders, which have drawn from it
         for loader in loaders:
             loader.epoch = progress.epoch
-    print(f"run {folder} on {settings.device}, {settings.precision}: step {progress.step} of {steps}")
+    precision = choose_precision(settings)
+    print(f"run {folder} on {settings.device}, {precision}: step {progress.step} of {steps}")
     with survive("write config.json"):
         write_config(folder, settings)
-    if progress.rows:  # the table may have been deleted, or locked by a spreadsheet
-        with survive("write metrics.csv"):
-            write_metrics(folder, progress.rows)
     events = None
     with survive("open TensorBoard's events"):
         events = open_events(folder, progress.step)
@@ -528,6 +528,10 @@ def train(settings, train_set, val_set, folder, saved):
                 write_events(events, step, means)
 
     def save():
+        # The checkpoint comes last: if the run is killed before it, the resumed run writes all of this again.
+        if progress.rows:
+            with survive("write metrics.csv"):
+                write_metrics(folder, progress.rows)
         state = {  # all that it takes to resume the run or to load its net
             "format": FORMAT,
             "settings": vars(settings),
@@ -547,14 +551,11 @@ def train(settings, train_set, val_set, folder, saved):
             progress.epoch += 1
             progress.seconds += time.perf_counter() - start
             tta = settings.tta and progress.step == steps  # it takes time, so only at the end
-            validation = evaluate(model, *val_set, settings.precision, tta)
+            validation = evaluate(model, *val_set, precision, tta)
         log(progress.step, validation)
         spent = {"epoch": progress.step / length, "step": progress.step, "train_seconds": progress.seconds}
         row = spent | training | validation
         progress.rows.append(row)
-        # The checkpoint comes last: if the run is killed before it, the resumed run writes all of this again.
-        with survive("write metrics.csv"):
-            write_metrics(folder, progress.rows)
         save()
         print(describe(row, steps))
 
@@ -578,8 +579,6 @@ def run():
     if settings.held_out:
         train_set, val_set = data.hold_out(train_set, settings.held_out)
     folder = Path(settings.resume or make_folder(settings))
-    if settings.precision == "auto":
-        settings.precision = choose_precision(settings.device)
     try:
         train(settings, train_set, val_set, folder, saved)
     except (KeyboardInterrupt, OSError):

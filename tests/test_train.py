@@ -234,12 +234,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(finished, tin
 def test_auto_precision_is_bf16_where_the_processor_computes_in_it(device, found, precision, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: found)
-    assert train.choose_precision(device) == precision
+    assert train.choose_precision(Mock(precision="auto", device=device)) == precision
 
 
 @pytest.mark.parametrize("flag, used", [("", "bf16"), ("--precision fp32", "fp32")])
 def test_training_and_validation_compute_in_the_precision_of_the_run(flag, used, tiny, before, monkeypatch):
-    monkeypatch.setattr(train, "choose_precision", lambda device: "bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     seen = []
     before(train, "backpropagate", lambda *given: seen.append(given[4]))
     before(train, "compute_logits", lambda *given: seen.append(given[2]))
@@ -498,13 +498,13 @@ def test_a_flag_that_would_change_an_earlier_step_is_refused_with_both_values(be
     assert flag in line and old in line and new in line
 
 
-@pytest.mark.parametrize("begun, can, flags, used", [
-    ("cpu bf16", "bf16", "", "bf16"), ("cpu fp32", "bf16", "", "fp32"), ("cuda fp32", "bf16", "", "fp32"),
-    ("cpu bf16", "fp32", "", "fp32"), ("cuda bf16", "fp32", "", "fp32"),  # bf16 only where a processor has it
-    ("cpu bf16", "bf16", "--precision fp32", "fp32"), ("cuda fp32", "fp32", "--device cpu --precision bf16", "bf16"),
+@pytest.mark.parametrize("begun, bf16, flags, used", [
+    ("cpu bf16", False, "", "bf16"), ("cpu fp32", True, "", "fp32"),  # as it was asked for
+    ("cpu auto", False, "", "fp32"), ("cpu auto", True, "", "bf16"), ("cuda auto", False, "", "fp32"),
+    ("cpu bf16", True, "--precision fp32", "fp32"), ("cuda fp32", False, "--device cpu --precision bf16", "bf16"),
 ])  # fmt: skip
-def test_a_run_may_go_on_with_another_device_precision_or_data(begun, can, flags, used, finished, tiny, monkeypatch):
-    monkeypatch.setattr(train, "choose_precision", lambda device: can)
+def test_a_run_may_go_on_with_another_device_precision_or_data(begun, bf16, flags, used, finished, tiny, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
     copy_run(finished, lambda saved: saved["settings"].update(zip(("device", "precision"), begun.split())))
     assert tiny(f"--resume {RUN} --epochs 4 --data elsewhere {flags}").returncode == 0
     config = json.loads((RUN / "config.json").read_text())
